@@ -1,0 +1,42 @@
+"""Per-parameter learning-rate multipliers and freezing for JAX, by ordered rules.
+
+The names, in the order of their use: `paths` lists what rules may speak of, `Rules` holds what they
+say, `compile_rules` makes a `Plan` of them, and `scale_by_rules` applies them after any optimizer.
+"""
+
+from lrmult._errors import (
+    IndexRangeError,
+    LrmultError,
+    MultiplierError,
+    PatternError,
+    PositionError,
+    RuleError,
+    ShadowedRuleError,
+    UnmatchedRuleError,
+)
+from lrmult._paths import paths
+from lrmult._plan import LeafPlan, Plan, compile_rules, trainable_mask
+from lrmult._rules import Rule, Rules, optional
+from lrmult._transform import scale_by_rules
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "IndexRangeError",
+    "LeafPlan",
+    "LrmultError",
+    "MultiplierError",
+    "PatternError",
+    "Plan",
+    "PositionError",
+    "Rule",
+    "RuleError",
+    "Rules",
+    "ShadowedRuleError",
+    "UnmatchedRuleError",
+    "compile_rules",
+    "optional",
+    "paths",
+    "scale_by_rules",
+    "trainable_mask",
+]

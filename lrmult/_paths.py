@@ -1,0 +1,216 @@
+"""The paths of a parameter tree, in one dialect for every library.
+
+`ParamTree` reads a pytree once: its arrays, what encloses them, and the holes in it. Nothing else
+in the package looks at JAX key paths.
+"""
+
+import functools
+import itertools
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from optax import MaskedNode
+
+from lrmult._errors import RuleError
+from lrmult._patterns import escape
+
+PyTree: TypeAlias = Any
+KeyPath: TypeAlias = tuple[Any, ...]
+
+
+class ParamTree:
+    """A pytree read once: its nodes by path, its arrays, and the holes in it.
+
+    A node is an int, parents come before their children, and 0 is the root. What is known of the
+    nodes stands in lists of plain texts and ints, which cost Python's garbage collector nothing.
+
+    Attributes:
+        treedef: the structure of the tree as JAX sees it.
+        names: per node, its segment as the tree has it.
+        texts: per node, its path as it may be written in a rule.
+        parents: per node, the node above it.
+        children: per node, the nodes below it by name.
+        holes: the nodes where something may have been cut out: ``None``, `optax.MaskedNode`.
+        places: per leaf, its node; None where the leaf is no array, such as an activation function.
+        shapes: per leaf, its shape; `()` where it is no array.
+        dtypes: per leaf, its dtype; None where it is no array.
+    """
+
+    def __init__(self, params: PyTree) -> None:
+        self.treedef = jax.tree.structure(params)
+        self.names: list[str] = [""]
+        self.texts: list[str] = [""]
+        self.parents: list[int] = [0]
+        self.children: list[dict[str, int]] = [{}]
+        self.holes: set[int] = set()
+        self.places: list[int | None] = []
+        self.shapes: list[tuple[int, ...]] = []
+        self.dtypes: list[Any] = []
+        self._read(params)
+
+    def _read(self, params: PyTree) -> None:
+        parents: dict[KeyPath, int] = {(): 0}
+        arrays: set[int] = set()
+        for path, value in _flatten(params, _box_types()):
+            node = 0
+            if path:
+                above = path[:-1]
+                known = parents.get(above)
+                if known is None:
+                    known = 0
+                    for key in above:
+                        known = self._descend(known, key)
+                    parents[above] = known
+                node = self._descend(known, path[-1])
+            if value is None or isinstance(value, MaskedNode):
+                self.holes.add(node)
+                continue
+            shape, dtype = shape_and_dtype(value)
+            self.shapes.append(shape)
+            self.dtypes.append(dtype)
+            self.places.append(node if dtype is not None else None)
+            if dtype is not None:
+                if node in arrays:
+                    raise RuleError(
+                        f"two arrays of the tree have the path {self.texts[node]!r} (a '/' inside "
+                        "a key separates segments too); rename one of the keys"
+                    )
+                arrays.add(node)
+        for node in arrays:
+            for below in self.children[node].values():
+                raise RuleError(
+                    f"the tree has an array at {self.texts[node]!r} and another below it, at "
+                    f"{self.texts[below]!r}, so no text names the first alone; rename a key"
+                )
+
+    def _descend(self, node: int, key: Any) -> int:
+        """The node that one key of a key path leads to, made if it is new."""
+        for name, text in _segments(_key_name(key)):
+            below = self.children[node]
+            child = below.get(name)
+            if child is None:
+                child = len(self.names)
+                if below is _CHILDLESS:
+                    below = self.children[node] = {}
+                below[name] = child
+                self.names.append(name)
+                self.texts.append(f"{self.texts[node]}/{text}" if node else text)
+                self.parents.append(node)
+                self.children.append(_CHILDLESS)
+            node = child
+        return node
+
+    def raw_text(self, node: int) -> str:
+        """The path with nothing escaped: what a regular expression sees."""
+        found: list[str] = []
+        while node:
+            found.append(self.names[node])
+            node = self.parents[node]
+        return "/".join(reversed(found))
+
+    def arrays(self) -> Iterator[tuple[int, int]]:
+        """The index and the node of each leaf that is an array."""
+        for index, node in enumerate(self.places):
+            if node is not None:
+                yield index, node
+
+
+_CHILDLESS: dict[str, int] = {}  # shared by all nodes that have no children, and never written to
+
+
+def paths(params: PyTree) -> list[str]:
+    r"""List the path of every array in a parameter tree, as it is written in a rule.
+
+    Segments are joined by ``/`` and ints are written as they are, whatever library made the tree:
+    Flax Linen, NNX (a module, its state, or the raw arrays that an optimizer sees), Equinox, Haiku,
+    or plain containers. Boxes around arrays (an NNX ``Variable``, a Linen ``Partitioned``) do not
+    show, keys that hold a ``/`` are split, and characters that mean something in a rule are escaped
+    with a backslash: any of these texts used as a target selects that array and nothing else.
+
+    Args:
+        params: a pytree of arrays, or of anything with ``shape`` and ``dtype`` such as
+            `jax.ShapeDtypeStruct`.
+
+    Returns:
+        One text per array, in the order of `jax.tree.leaves`. A bare array has the path ``""``,
+        which no text names: the target ``...`` reaches it.
+
+    Raises:
+        RuleError: if two arrays have one path.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import lrmult as lm
+        >>> params = {"layers": [{"w": jnp.ones(3)}, {"w": jnp.ones(3)}], "gain*": jnp.ones(())}
+        >>> for path in lm.paths(params):
+        ...     print(path)
+        gain\*
+        layers/0/w
+        layers/1/w
+    """
+    tree = ParamTree(params)
+    return [tree.texts[node] for _, node in tree.arrays()]
+
+
+def shape_and_dtype(leaf: Any) -> tuple[tuple[int, ...], Any]:
+    """The shape and dtype of an array or a number; the dtype is None for any other object."""
+    try:
+        return leaf.shape, leaf.dtype
+    except AttributeError:
+        is_number = isinstance(leaf, bool | int | float | complex)
+        return (), jnp.result_type(leaf) if is_number else None
+
+
+def _box_types() -> tuple[type, ...]:
+    """The classes that hold an array under ``value``, of those libraries that are imported."""
+    found = []
+    for module, name in (("flax.nnx", "Variable"), ("flax.core.meta", "AxisMetadata")):
+        box = getattr(sys.modules.get(module), name, None)
+        if isinstance(box, type):
+            found.append(box)
+    return tuple(found)
+
+
+def _flatten(tree: PyTree, boxes: tuple[type, ...]) -> Iterable[tuple[KeyPath, Any]]:
+    """Flatten with paths; holes are kept, and boxes leave no trace in the path."""
+    stop = (type(None), MaskedNode, *boxes)
+    found: list[tuple[KeyPath, Any]] = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda node: isinstance(node, stop)
+    )[0]
+    if not any(isinstance(value, boxes) for _, value in found):
+        return found
+    return itertools.chain.from_iterable(
+        _unbox(path, value, boxes) if isinstance(value, boxes) else [(path, value)]
+        for path, value in found
+    )
+
+
+def _unbox(path: KeyPath, box: Any, boxes: tuple[type, ...]) -> Iterator[tuple[KeyPath, Any]]:
+    children = jax.tree_util.tree_flatten_with_path(box, is_leaf=lambda node: node is not box)[0]
+    for (key, *_), child in children:
+        # Only the attribute of a box is dropped: attention has a real layer called "value".
+        owned = isinstance(key, jax.tree_util.GetAttrKey) and key.name == "value"
+        inner = path if owned else (*path, key)
+        for below, leaf in _flatten(child, boxes):
+            yield (*inner, *below), leaf
+
+
+def _key_name(key: Any) -> str:
+    """What one key of a key path is called."""
+    kind = type(key)
+    if kind is jax.tree_util.DictKey or kind is jax.tree_util.FlattenedIndexKey:
+        key = key.key
+    elif kind is jax.tree_util.GetAttrKey:
+        key = key.name
+    elif kind is jax.tree_util.SequenceKey:
+        key = key.idx
+    return key if type(key) is str else str(key)
+
+
+@functools.lru_cache(maxsize=65536)
+def _segments(name: str) -> tuple[tuple[str, str], ...]:
+    """The segments of a key, each as it is and as a rule writes it; keys are split at ``/``."""
+    return tuple((segment, escape(segment)) for segment in name.split("/"))

@@ -1,0 +1,156 @@
+"""A plan as a table."""
+
+import io
+from collections.abc import Iterator
+from typing import Any
+
+from lrmult._paths import ParamTree
+from lrmult._patterns import Span, escape, show_position
+from lrmult._plan import LeafPlan, Plan
+from lrmult._positions import base_names, split_number
+from lrmult._rules import name_rule
+
+# numpy's name of a dtype -> the short one that jax prints
+_SHORT = {"float": "f", "bfloat": "bf", "complex": "c", "uint": "u", "int": "i"}
+
+
+def render(plan: Plan) -> str:
+    """The table as plain text; no line is wrapped, however narrow the terminal."""
+    from rich.console import Console
+
+    out = io.StringIO()
+    console = Console(file=out, width=10_000, color_system=None, legacy_windows=False)
+    console.print(plan, soft_wrap=True)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+
+def table(plan: Plan, tree: ParamTree) -> Any:
+    """The table for rich: a row for each group of arrays that share one answer, and totals."""
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for name in ("parameters", "arrays"):
+        shown.add_column(name)
+    for name in ("size", "multiplier"):
+        shown.add_column(name, justify="right")
+    shown.add_column("rule")
+    records = dict(zip((index for index, _ in tree.arrays()), plan.leaves, strict=True))
+    for path, leaves in _Folding(tree, plan).rows():
+        first = records[leaves[0]]
+        size = sum(records[leaf].trained + records[leaf].frozen for leaf in leaves)
+        claim = first.rules[0] if first.rules else None
+        cells = (
+            path,
+            _describe([records[leaf] for leaf in leaves]),
+            f"{size:,}",
+            f"{first.multiplier:.12g}" if first.multiplier else "frozen",
+            f"{claim.index}: {claim.text.rpartition(' -> ')[0]}" if claim else "none",
+        )
+        style = "" if first.multiplier else "dim"
+        shown.add_row(*(Text(cell, style=style) for cell in cells))
+    lines = [Text(""), Text(_totals(plan))]
+    claiming = set(plan.claims)
+    for index, rule in enumerate(plan.rules):
+        if index not in claiming:
+            lines.append(Text(f"{name_rule(index, *rule)} claims nothing here"))
+    return Group(shown, *lines)
+
+
+def _totals(plan: Plan) -> str:
+    trained = sum(record.trained for record in plan.leaves)
+    frozen = sum(record.frozen for record in plan.leaves)
+    arrays = len(plan.leaves)
+    return (
+        f"{arrays:,} array{'s' * (arrays != 1)}, {trained + frozen:,} parameters: "
+        f"{trained:,} train, {frozen:,} frozen"
+    )
+
+
+def _describe(records: list[LeafPlan]) -> str:
+    kinds = {f"{_dtype(r.dtype)}[{','.join(map(str, r.shape))}]" for r in records}
+    many = f"{len(records)} x " if len(records) > 1 else ""
+    return many + (kinds.pop() if len(kinds) == 1 else "various")
+
+
+def _dtype(dtype: Any) -> str:
+    name = str(dtype)
+    for long, short in _SHORT.items():
+        if name.startswith(long) and name[len(long) :].isdigit():
+            return short + name[len(long) :]
+    return name
+
+
+class _Folding:
+    """Groups of arrays with one answer: whole subtrees, and numbered siblings that are alike."""
+
+    def __init__(self, tree: ParamTree, plan: Plan) -> None:
+        self.tree = tree
+        self._below: list[list[int]] = [[] for _ in tree.names]  # per node, the arrays below it
+        # Per node, the rule that has all of them, in a tuple; () if there are several answers.
+        self._answer: list[tuple[int | None, ...]] = [()] * len(tree.names)
+        self._kind = [0] * len(tree.names)  # per node, a number shared by those with the same rows
+        kinds: dict[Any, int] = {}
+        for index, node in tree.arrays():
+            self._below[node] = [index]
+            self._answer[node] = (plan.claims[index],)
+        for node in reversed(range(len(tree.names))):
+            children = self._children(node)
+            if children:
+                self._below[node] = [i for child in children.values() for i in self._below[child]]
+                answers = {self._answer[child] for child in children.values()}
+                self._answer[node] = answers.pop() if len(answers) == 1 else ()
+            inside = tuple((name, self._kind[child]) for name, child in children.items())
+            self._kind[node] = kinds.setdefault((self._answer[node] or inside), len(kinds))
+
+    def rows(self) -> Iterator[tuple[str, list[int]]]:
+        """For each group its path, as a rule would say it, and its arrays."""
+        stack = [([0], "")]  # groups of nodes with the same rows, and the path that stands for all
+        while stack:
+            nodes, path = stack.pop()
+            if self._answer[nodes[0]]:
+                yield path or "**", [leaf for node in nodes for leaf in self._below[node]]
+                continue
+            inside = []
+            for names in self._alike(nodes[0]):
+                members = [self.tree.children[node][name] for node in nodes for name in names]
+                inside.append((members, _join(path, names)))
+            stack.extend(reversed(inside))
+
+    def _children(self, node: int) -> dict[str, int]:
+        children = self.tree.children[node]
+        return {name: child for name, child in children.items() if self._below[child]}
+
+    def _alike(self, node: int) -> Iterator[list[str]]:
+        """The names of the children, those of numbered neighbours with the same rows together."""
+        children = self._children(node)
+        numbered = {name: split_number(name) or (name, -1) for name in children}
+        stems: dict[str, int] = {}
+        for stem, _ in numbered.values():
+            stems.setdefault(stem, len(stems))
+        run: list[str] = []
+        for name in sorted(children, key=lambda n: (stems[numbered[n][0]], numbered[n][1])):
+            stem, number = numbered[name]
+            joins = run and numbered[run[-1]] == (stem, number - 1) and number > 0
+            if joins and self._kind[children[run[-1]]] == self._kind[children[name]]:
+                run.append(name)
+                continue
+            if run:
+                yield run
+            run = [name]
+        if run:
+            yield run
+
+
+def _join(above: str, names: list[str]) -> str:
+    """How a rule would write some children: one by its name, several as a slice."""
+    first, last = split_number(names[0]), split_number(names[-1])
+    if len(names) == 1 or first is None or last is None:
+        return f"{above}/{escape(names[0])}" if above else escape(names[0])
+    span = show_position(Span(first[1], last[1] + 1, None))
+    family = base_names(first[0])[-1]
+    if not family:
+        return above + span
+    return f"{above}/{escape(family)}{span}" if above else escape(family) + span

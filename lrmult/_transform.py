@@ -1,0 +1,103 @@
+"""Rules applied to the updates of an optimizer."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lrmult._paths import PyTree
+from lrmult._plan import cached_plan
+from lrmult._rules import Rules, RulesLike
+
+
+def scale_by_rules(
+    rules: RulesLike, *, strict: bool = True
+) -> optax.GradientTransformationExtraArgs:
+    """Multiply the updates of every array by what the rules say; frozen arrays get no update.
+
+    Chain it *after* an optimizer. There a multiplier is a multiplier on the learning rate,
+    decoupled weight decay included, for all optimizers whose update is linear in their learning
+    rate. Before Adam and its relatives, which divide by the size of the gradient, it does nothing.
+
+    * Frozen arrays keep every bit under any optimizer, weight decay and momentum, also where their
+      gradient is NaN or infinite: their update is a constant negative zero, since adding ``+0.0``
+      would turn a weight of ``-0.0`` into ``0.0``. Eagerly on CPU, where XLA flushes subnormal
+      numbers in every addition, subnormal weights are the exception.
+    * A multiplier of 1 adds no operation, and no dtype changes: for floats of 16 bits and fewer the
+      product is taken in float32 and rounded once.
+    * Integer, boolean, ``float0`` and key arrays pass through; frozen integers get zero.
+
+    The transformation keeps no state. Rules are resolved on the tree that ``update`` receives,
+    while JAX traces it, and the plan is cached; ``init`` resolves them too, so that a mistake shows
+    before the first step. It therefore works below `optax.masked`, `optax.partition`,
+    `optax.MultiSteps`, `optax.inject_hyperparams`, and in `flax.nnx.Optimizer`, where ``init`` and
+    ``update`` see different trees.
+
+    Args:
+        rules: see `Rules`.
+        strict: as for `compile_rules`.
+
+    Returns:
+        A gradient transformation.
+
+    Raises:
+        LrmultError: at once if a rule cannot be read; from ``init`` and ``update`` what
+            `compile_rules` raises.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import lrmult as lm
+        >>> import optax
+        >>> params = {"trunk": jnp.array([1.0, 2.0]), "head": jnp.array([3.0])}
+        >>> tx = optax.chain(optax.adamw(0.1), lm.scale_by_rules([("head", 10), (..., None)]))
+        >>> state = tx.init(params)
+        >>> grads = {"trunk": jnp.array([1.0, jnp.nan]), "head": jnp.array([1.0])}
+        >>> updates, state = tx.update(grads, state, params)
+        >>> new = optax.apply_updates(params, updates)
+        >>> print(new["trunk"], new["head"])
+        [1. 2.] [1.9997]
+    """
+    read = Rules(rules)
+
+    def init(params: PyTree) -> optax.EmptyState:
+        # optax itself calls `init` with a placeholder that has no leaves: nothing to check there.
+        if jax.tree.leaves(params):
+            cached_plan(read, params, strict)
+        return optax.EmptyState()
+
+    def update(
+        updates: PyTree, state: optax.EmptyState, params: PyTree = None, **extra_args: Any
+    ) -> tuple[PyTree, optax.EmptyState]:
+        del params, extra_args
+        multipliers = cached_plan(read, updates, strict).multipliers
+        return jax.tree.map(_scale, updates, multipliers), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _scale(update: Any, multiplier: float) -> Any:
+    """The update times the multiplier, in the update's dtype."""
+    if multiplier == 1:
+        return update
+    dtype = jnp.result_type(update)
+    if multiplier == 0:
+        return _no_update(update, dtype)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        return update
+    if dtype.itemsize < 4:
+        return (update.astype(jnp.float32) * multiplier).astype(dtype)
+    return update * multiplier
+
+
+def _no_update(update: Any, dtype: Any) -> Any:
+    """An update that leaves every bit of a parameter as it is."""
+    if dtype == jax.dtypes.float0 or jnp.issubdtype(dtype, jax.dtypes.extended):
+        return update  # float0 holds no bits; a key cannot be added to
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        zero: complex = complex(-0.0, -0.0)
+    else:
+        zero = -0.0 if jnp.issubdtype(dtype, jnp.floating) else 0
+    like = np if isinstance(update, np.ndarray | np.generic) else jnp
+    return like.full_like(update, zero)
