@@ -72,17 +72,17 @@ class Plan:
         values = [rule.multiplier or 0.0 for rule in self.rules]
         return tuple([1.0 if claim is None else values[claim] for claim in self.claims])
 
-    @functools.cached_property
+    @property
     def multipliers(self) -> PyTree:
         """A tree like the parameters, of Python floats; 0.0 where frozen."""
         return self.treedef.unflatten(self.flat_multipliers)
 
-    @functools.cached_property
+    @property
     def frozen(self) -> PyTree:
         """A tree like the parameters, of Python bools: true where the multiplier is zero."""
         return self.treedef.unflatten([value == 0 for value in self.flat_multipliers])
 
-    @functools.cached_property
+    @property
     def trainable(self) -> PyTree:
         """A tree like the parameters, of Python bools: true where anything trains.
 

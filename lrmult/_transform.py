@@ -71,8 +71,9 @@ def scale_by_rules(
         updates: PyTree, state: optax.EmptyState, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, optax.EmptyState]:
         del params, extra_args
-        multipliers = cached_plan(read, updates, strict).multipliers
-        return jax.tree.map(_scale, updates, multipliers), state
+        leaves, treedef = jax.tree.flatten(updates)
+        multipliers = cached_plan(read, updates, strict).flat_multipliers
+        return jax.tree.unflatten(treedef, map(_scale, leaves, multipliers)), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
