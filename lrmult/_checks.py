@@ -96,7 +96,7 @@ def _closes(index: int, rules: Rules) -> bool:
 def _explain_shadowed(index: int, rules: Rules, tree: ParamTree, matches: Matches) -> str:
     lost = [leaf for leaf, row in enumerate(matches.rows) if index in row]
     winners = sorted({matches.rows[leaf][0] for leaf in lost})
-    example = tree.texts[tree.places[lost[0]] or 0]
+    example = tree.text(tree.places[lost[0]] or 0)
     named = [_name(winner, rules[winner]) for winner in winners[:3]]
     if len(winners) > 3:
         named.append(f"{len(winners) - 3} more")
@@ -132,7 +132,7 @@ def _explain_unmatched(rule: Rule, tree: ParamTree) -> str:
 
 
 def _some_paths(tree: ParamTree, most: int) -> str:
-    return listing([tree.texts[node] for _, node in tree.arrays()], most)
+    return listing([tree.text(node) for _, node in tree.arrays()], most)
 
 
 def _nearby(target: object, pattern: Pattern, tree: ParamTree) -> list[str]:
@@ -158,7 +158,7 @@ def _anywhere(steps: tuple[Step, ...], tree: ParamTree) -> Iterator[Pattern]:
     anywhere = Pattern((ANY_DEPTH, *steps))
     nodes = find(anywhere, tree)
     if len(nodes) <= _MOST_SUGGESTIONS and all(isinstance(step, Names) for step in steps):
-        yield from (parse(tree.texts[node]) for node in nodes)
+        yield from (parse(tree.text(node)) for node in nodes)
     else:
         yield anywhere
 

@@ -5,9 +5,11 @@ bits of one Python int (the Shift-And method of Baeza-Yates and Gonnet, 1992). M
 segment costs a few operations on such ints, whatever the number of rules.
 """
 
+import bisect
 import dataclasses
+import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -57,14 +59,13 @@ def match(selectors: Sequence[Selector], tree: ParamTree) -> Matches:
         try:
             for index, node in tree.arrays():
                 if _selects(selector, tree, index, node):
-                    walk.matched[node] |= automaton.accepting[rule]
+                    walk.matched[node] = walk.merge(walk.matched[node], (rule,))
         except RuleError as error:
             walk.errors[rule] = error
     for node in tree.holes:
-        walk.in_holes.update(automaton.rules_of(walk.active[node] | walk.matched[node]))
-    rows = {bits: tuple(automaton.rules_of(bits)) for bits in set(walk.matched)}
+        walk.in_holes.update(automaton.rules_of(walk.active[node]), walk.matched[node])
     return Matches(
-        rows=[() if node is None else rows[walk.matched[node]] for node in tree.places],
+        rows=[() if node is None else walk.matched[node] for node in tree.places],
         in_holes=walk.in_holes,
         unresolved=walk.unresolved,
         errors=walk.errors,
@@ -85,7 +86,7 @@ def find(pattern: Pattern, tree: ParamTree) -> list[int]:
 def _selects(selector: Any, tree: ParamTree, index: int, node: int) -> bool:
     if isinstance(selector, re.Pattern):
         return selector.fullmatch(tree.raw_text(node)) is not None
-    path = tree.texts[node]
+    path = tree.text(node)
     leaf = jax.ShapeDtypeStruct(tree.shapes[index], tree.dtypes[index])
     try:
         answer = selector(path, leaf)
@@ -121,8 +122,7 @@ class _Automaton:
         self._owner: list[int] = []  # state -> rule
         self.accepting: list[int] = []  # rule -> the bit of the state in which it has matched
         self._literals: dict[str, int] = {}
-        self._globs = _GlobIndex()
-        self._moves: dict[str, int] = {}
+        self._globs: dict[Glob, int] = {}
         for rule, selector in enumerate(selectors):
             steps = selector.steps if isinstance(selector, Pattern) else ()
             self.start |= (1 << len(self._owner)) if isinstance(selector, Pattern) else 0
@@ -140,7 +140,7 @@ class _Automaton:
             for name in step.literals:
                 self._literals[name] = self._literals.get(name, 0) | bit
             for glob in step.globs:
-                self._globs.add(glob, bit)
+                self._globs[glob] = self._globs.get(glob, 0) | bit
         else:
             self.positional |= bit
             self.steps[bit] = step
@@ -158,39 +158,41 @@ class _Automaton:
         """Add what is reached without a segment: `**` may stand for none."""
         return states | (states & self.any_depth) << 1
 
-    def move(self, states: int, name: str) -> int:
-        """The states after a segment of that name; positions are not followed."""
-        expecting = self._moves.get(name)
-        if expecting is None:
-            expecting = self._literals.get(name, 0) | self._globs.matching(name)
-            self._moves[name] = expecting
-        return self.close(states & self.any_depth | (states & expecting) << 1)
+    def expecting(self, names: Iterable[str]) -> dict[str, int]:
+        """For each name, the states that a segment of that name moves on."""
+        vocabulary = _Vocabulary(names)
+        expecting = dict.fromkeys(vocabulary.names, 0)
+        for name in self._literals.keys() & expecting.keys():
+            expecting[name] = self._literals[name]
+        for glob, states in self._globs.items():
+            for name in vocabulary.matching(glob):
+                expecting[name] |= states
+        return expecting
 
 
-class _GlobIndex:
-    """Globs by the fixed text that they begin or end with, so that a name meets few of them."""
+class _Vocabulary:
+    """The distinct names of a tree, laid out as one text in which a fixed text is found fast."""
 
-    def __init__(self) -> None:
-        self._by_prefix: dict[int, dict[str, list[tuple[Glob, int]]]] = {}
-        self._by_suffix: dict[int, dict[str, list[tuple[Glob, int]]]] = {}
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = list(dict.fromkeys(names))
+        self._text = "\0".join(["", *self.names, ""])
+        lengths = (len(name) + 1 for name in self.names)
+        self._starts = list(itertools.accumulate(lengths, initial=0))
 
-    def add(self, glob: Glob, bit: int) -> None:
-        prefix, suffix = glob.parts[0], glob.parts[-1]
-        index, fixed = (
-            (self._by_prefix, prefix) if prefix or not suffix else (self._by_suffix, suffix)
-        )
-        index.setdefault(len(fixed), {}).setdefault(fixed, []).append((glob, bit))
-
-    def matching(self, name: str) -> int:
-        """The bits of the globs that match a name."""
-        found = 0
-        for length, globs in self._by_prefix.items():
-            for glob, bit in globs.get(name[:length], ()):
-                found |= bit if glob.match(name) else 0
-        for length, globs in self._by_suffix.items():
-            for glob, bit in globs.get(name[-length:], ()):
-                found |= bit if glob.match(name) else 0
-        return found
+    def matching(self, glob: Glob) -> Iterator[str]:
+        """The names that match a glob."""
+        first, *_, last = glob.parts
+        needle = max(f"\0{first}", f"{last}\0", *glob.parts, key=len)
+        if needle == "\0" or "\0" in needle.strip("\0"):
+            yield from filter(glob.match, self.names)
+            return
+        at = self._text.find(needle)
+        while at >= 0:
+            # A needle that begins with the separator begins where the name does.
+            index = bisect.bisect_right(self._starts, at) - 1
+            if glob.match(self.names[index]):
+                yield self.names[index]
+            at = self._text.find(needle, self._starts[index + 1])
 
 
 class _Walk:
@@ -200,33 +202,51 @@ class _Walk:
         self.automaton = automaton
         self.tree = tree
         self.active = [0] * len(tree.names)  # per node, the states that wait there
-        self.matched = [0] * len(tree.names)  # per node, the accepting states at it or above
+        # Per node, the rules that match it or a node above it.
+        self.matched: list[tuple[int, ...]] = [()] * len(tree.names)
         self.in_holes: set[int] = set()
         self.unresolved: dict[int, PositionError] = {}
         self.errors: dict[int, LrmultError] = {}
         self._resolved: dict[int, int] = {}  # node -> the states that a position leads to there
+        self._merged: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[int, ...]] = {}
         self._orders: dict[int, Family] = {}
         self._groups: dict[int, dict[str, list[str]]] = {}
 
     def run(self) -> None:
-        automaton, tree = self.automaton, self.tree
-        move, accept, positional = automaton.move, automaton.accept, automaton.positional
-        active, matched, resolved = self.active, self.matched, self._resolved
-        names, parents = tree.names, tree.parents
-        for node in range(len(names)):
-            if node:
-                above = parents[node]
-                states = move(active[above], names[node])
-                if resolved:
-                    states |= automaton.close(resolved.get(node, 0))
-                matched[node] = matched[above] | states & accept
-            else:
-                states = automaton.close(automaton.start)
-                matched[node] = states & accept
-            active[node] = states & ~accept
-            if states & positional:
-                for bit in _bits(states & positional):
+        """Visit every node."""
+        automaton, active, matched = self.automaton, self.active, self.matched
+        expecting = automaton.expecting(self.tree.names)
+        self._arrive(0, automaton.close(automaton.start), ())
+        for node, children in enumerate(self.tree.children):
+            states = active[node]
+            if states & automaton.positional:
+                for bit in _bits(states & automaton.positional):
                     self._follow(node, bit)
+            # What stays active below whatever the children are called.
+            lasting = automaton.close(states & automaton.any_depth) & ~automaton.accept
+            known = matched[node]
+            for name, child in children.items():
+                moving = states & expecting[name]
+                if moving or child in self._resolved:
+                    reached = moving << 1 | self._resolved.get(child, 0)
+                    self._arrive(child, lasting | automaton.close(reached), known)
+                else:
+                    active[child] = lasting
+                    matched[child] = known
+
+    def _arrive(self, node: int, states: int, known: tuple[int, ...]) -> None:
+        accepted = states & self.automaton.accept
+        self.active[node] = states ^ accepted
+        rules = tuple(self.automaton.rules_of(accepted))
+        self.matched[node] = self.merge(known, rules) if rules else known
+
+    def merge(self, rules: tuple[int, ...], more: tuple[int, ...]) -> tuple[int, ...]:
+        """Both in order; equal results are one object."""
+        key = rules, more
+        merged = self._merged.get(key)
+        if merged is None:
+            merged = self._merged[key] = tuple(sorted({*rules, *more}))
+        return merged
 
     def _follow(self, node: int, bit: int) -> None:
         """Follow one position from a node to the nodes that it means."""
@@ -236,7 +256,7 @@ class _Walk:
             try:
                 above, family = self._family(node, name, rule)
                 if family:
-                    what = repr(self.tree.texts[above]) if above else "the root"
+                    what = repr(self.tree.text(above)) if above else "the root"
                     if name is not None and above == node:
                         what = f"the family {name!r} {'below' if above else 'at'} {what}"
                     for member in family.select(step.position, what):
@@ -271,7 +291,7 @@ class _Walk:
         family = (
             None
             if name is None
-            else family_of(children, name, self._stems(node), self.tree.texts[node])
+            else family_of(children, name, self._stems(node), self.tree.text(node))
         )
         if child in holes:
             self.in_holes.add(rule)
@@ -294,7 +314,7 @@ class _Walk:
     def _order(self, node: int) -> Family:
         family = self._orders.get(node)
         if family is None:
-            children, text = self.tree.children[node], self.tree.texts[node]
+            children, text = self.tree.children[node], self.tree.text(node)
             if not children:
                 seen = f"{text!r} is an array" if node else "the tree is empty or a bare array"
                 raise PositionError(f"{seen}, and has no children for a position to count")

@@ -4,7 +4,6 @@
 in the package looks at JAX key paths.
 """
 
-import functools
 import itertools
 import sys
 from collections.abc import Iterable, Iterator
@@ -30,7 +29,6 @@ class ParamTree:
     Attributes:
         treedef: the structure of the tree as JAX sees it.
         names: per node, its segment as the tree has it.
-        texts: per node, its path as it may be written in a rule.
         parents: per node, the node above it.
         children: per node, the nodes below it by name.
         holes: the nodes where something may have been cut out: ``None``, `optax.MaskedNode`.
@@ -40,9 +38,8 @@ class ParamTree:
     """
 
     def __init__(self, params: PyTree) -> None:
-        self.treedef = jax.tree.structure(params)
+        self.treedef: Any = jax.tree.structure(params)
         self.names: list[str] = [""]
-        self.texts: list[str] = [""]
         self.parents: list[int] = [0]
         self.children: list[dict[str, int]] = [{}]
         self.holes: set[int] = set()
@@ -58,58 +55,68 @@ class ParamTree:
             node = 0
             if path:
                 above = path[:-1]
-                known = parents.get(above)
-                if known is None:
-                    known = 0
+                parent = parents.get(above)
+                if parent is None:
+                    parent = 0
                     for key in above:
-                        known = self._descend(known, key)
-                    parents[above] = known
-                node = self._descend(known, path[-1])
-            if value is None or isinstance(value, MaskedNode):
+                        parent = self._descend(parent, key)
+                    parents[above] = parent
+                node = self._descend(parent, path[-1])
+            if value is None or type(value) is MaskedNode:
                 self.holes.add(node)
                 continue
             shape, dtype = shape_and_dtype(value)
             self.shapes.append(shape)
             self.dtypes.append(dtype)
-            self.places.append(node if dtype is not None else None)
-            if dtype is not None:
-                if node in arrays:
-                    raise RuleError(
-                        f"two arrays of the tree have the path {self.texts[node]!r} (a '/' inside "
-                        "a key separates segments too); rename one of the keys"
-                    )
-                arrays.add(node)
-        for node in arrays:
-            for below in self.children[node].values():
+            if dtype is None:
+                self.places.append(None)
+                continue
+            self.places.append(node)
+            if node in arrays:
                 raise RuleError(
-                    f"the tree has an array at {self.texts[node]!r} and another below it, at "
-                    f"{self.texts[below]!r}, so no text names the first alone; rename a key"
+                    f"two arrays of the tree have the path {self.text(node)!r} (a '/' inside a key "
+                    "separates segments too); rename one of the keys"
+                )
+            arrays.add(node)
+        for node in arrays:
+            if self.children[node]:
+                below = next(iter(self.children[node].values()))
+                raise RuleError(
+                    f"the tree has an array at {self.text(node)!r} and another below it, at "
+                    f"{self.text(below)!r}, so no text names the first alone; rename a key"
                 )
 
     def _descend(self, node: int, key: Any) -> int:
         """The node that one key of a key path leads to, made if it is new."""
-        for name, text in _segments(_key_name(key)):
+        name = _key_name(key)
+        for segment in name.split("/") if "/" in name else (name,):
             below = self.children[node]
-            child = below.get(name)
+            child = below.get(segment)
             if child is None:
                 child = len(self.names)
                 if below is _CHILDLESS:
                     below = self.children[node] = {}
-                below[name] = child
-                self.names.append(name)
-                self.texts.append(f"{self.texts[node]}/{text}" if node else text)
+                below[segment] = child
+                self.names.append(segment)
                 self.parents.append(node)
                 self.children.append(_CHILDLESS)
             node = child
         return node
 
+    def text(self, node: int) -> str:
+        """The path of a node, as it is written in a rule."""
+        return "/".join(map(escape, self._segments(node)))
+
     def raw_text(self, node: int) -> str:
         """The path with nothing escaped: what a regular expression sees."""
+        return "/".join(self._segments(node))
+
+    def _segments(self, node: int) -> list[str]:
         found: list[str] = []
         while node:
             found.append(self.names[node])
             node = self.parents[node]
-        return "/".join(reversed(found))
+        return found[::-1]
 
     def arrays(self) -> Iterator[tuple[int, int]]:
         """The index and the node of each leaf that is an array."""
@@ -152,7 +159,7 @@ def paths(params: PyTree) -> list[str]:
         layers/1/w
     """
     tree = ParamTree(params)
-    return [tree.texts[node] for _, node in tree.arrays()]
+    return [tree.text(node) for _, node in tree.arrays()]
 
 
 def shape_and_dtype(leaf: Any) -> tuple[tuple[int, ...], Any]:
@@ -180,7 +187,7 @@ def _flatten(tree: PyTree, boxes: tuple[type, ...]) -> Iterable[tuple[KeyPath, A
     found: list[tuple[KeyPath, Any]] = jax.tree_util.tree_flatten_with_path(
         tree, is_leaf=lambda node: isinstance(node, stop)
     )[0]
-    if not any(isinstance(value, boxes) for _, value in found):
+    if not boxes or not any(isinstance(value, boxes) for _, value in found):
         return found
     return itertools.chain.from_iterable(
         _unbox(path, value, boxes) if isinstance(value, boxes) else [(path, value)]
@@ -208,9 +215,3 @@ def _key_name(key: Any) -> str:
     elif kind is jax.tree_util.SequenceKey:
         key = key.idx
     return key if type(key) is str else str(key)
-
-
-@functools.lru_cache(maxsize=65536)
-def _segments(name: str) -> tuple[tuple[str, str], ...]:
-    """The segments of a key, each as it is and as a rule writes it; keys are split at ``/``."""
-    return tuple((segment, escape(segment)) for segment in name.split("/"))

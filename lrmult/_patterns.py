@@ -71,6 +71,7 @@ class Glob:
         return re.compile(f"{first}{found}.*{last}", re.DOTALL)
 
     def match(self, name: str) -> bool:
+        """Whether a name fits."""
         return self._regex.fullmatch(name) is not None
 
 
@@ -108,6 +109,7 @@ class Pattern:
         return self.steps == (ANY_DEPTH,)
 
 
+@functools.lru_cache(maxsize=65536)
 def escape(name: str) -> str:
     """Write a name as the segment of a pattern that matches this name alone."""
     return _SPECIAL.sub(r"\\\g<0>", name) if name else "{}"

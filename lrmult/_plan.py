@@ -106,7 +106,7 @@ class Plan:
         tree, claim, multiplier = self._tree, self.claims[index], self.flat_multipliers[index]
         size = math.prod(tree.shapes[index])
         return LeafPlan(
-            path=tree.texts[node],
+            path=tree.text(node),
             shape=tree.shapes[index],
             dtype=tree.dtypes[index],
             rules=() if claim is None else (claims[claim],),
