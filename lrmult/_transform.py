@@ -82,23 +82,42 @@ def _scale(update: Any, multiplier: float) -> Any:
     """The update times the multiplier, in the update's dtype."""
     if multiplier == 1:
         return update
-    dtype = jnp.result_type(update)
+    dtype = getattr(update, "dtype", None)
+    if dtype is None:
+        update = jnp.asarray(update)
+        dtype = update.dtype
+    # Outside a trace one compiled call costs a fraction of the operations that it is made of.
+    eager = isinstance(update, jax.Array) and not isinstance(update, jax.core.Tracer)
     if multiplier == 0:
-        return _no_update(update, dtype)
+        if dtype == jax.dtypes.float0 or jnp.issubdtype(dtype, jax.dtypes.extended):
+            return update  # float0 holds no bits; a key cannot be added to
+        return _no_update_eagerly(update) if eager else _no_update(update)
     if not jnp.issubdtype(dtype, jnp.inexact):
         return update
-    if dtype.itemsize < 4:
-        return (update.astype(jnp.float32) * multiplier).astype(dtype)
+    return _times_eagerly(update, multiplier) if eager else _times(update, multiplier)
+
+
+def _times(update: Any, multiplier: Any) -> Any:
+    if update.dtype.itemsize < 4:
+        return (update.astype(jnp.float32) * multiplier).astype(update.dtype)
     return update * multiplier
 
 
-def _no_update(update: Any, dtype: Any) -> Any:
-    """An update that leaves every bit of a parameter as it is."""
-    if dtype == jax.dtypes.float0 or jnp.issubdtype(dtype, jax.dtypes.extended):
-        return update  # float0 holds no bits; a key cannot be added to
-    if jnp.issubdtype(dtype, jnp.complexfloating):
-        zero: complex = complex(-0.0, -0.0)
-    else:
-        zero = -0.0 if jnp.issubdtype(dtype, jnp.floating) else 0
+def _no_update(update: Any) -> Any:
+    """What leaves every bit of a parameter as it is when it is added."""
+    zero: complex = 0
+    if jnp.issubdtype(update.dtype, jnp.inexact):
+        is_complex = jnp.issubdtype(update.dtype, jnp.complexfloating)
+        zero = complex(-0.0, -0.0) if is_complex else -0.0
     like = np if isinstance(update, np.ndarray | np.generic) else jnp
     return like.full_like(update, zero)
+
+
+_times_eagerly = jax.jit(_times)
+
+
+@jax.jit
+def _no_update_eagerly(update: Any) -> Any:
+    # The result must hang on the update, or a sharded one would give a replicated result.
+    zeros = _no_update(update)
+    return jnp.where(update == update, zeros, zeros)
