@@ -40,3 +40,7 @@ __all__ = [
     "scale_by_rules",
     "trainable_mask",
 ]
+
+for _name in __all__:
+    if isinstance(globals()[_name], type):
+        globals()[_name].__module__ = __name__  # what tracebacks and reprs show
