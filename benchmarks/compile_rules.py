@@ -32,7 +32,7 @@ def transformer(blocks: int = 500) -> Any:
     vector = jax.ShapeDtypeStruct((64,), jnp.float32)
     dense = {"kernel": matrix, "bias": vector}
     norm = {"scale": vector, "bias": vector}
-    attention = {name: dense for name in ("query", "key", "value", "out")}
+    attention = dict.fromkeys(("query", "key", "value", "out"), dense)
     block = {"attn": attention, "mlp": {"fc1": dense, "fc2": dense}, "ln1": norm, "ln2": norm}
     block["gate"] = {"router": dense, "experts": dense}
     return {"params": {f"block_{i}": block for i in range(blocks)}}

@@ -1,6 +1,6 @@
 """The exceptions. A message says what failed, where, what was seen, and what to write instead."""
 
-import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -36,23 +36,29 @@ class IndexRangeError(PositionError):
     """A position or an index that lies outside what is there."""
 
 
-def did_you_mean(candidates: Iterable[str]) -> str:
-    """Phrase near misses as a question, or as nothing if there are none."""
-    quoted = [repr(candidate) for candidate in candidates]
-    return f" Did you mean {' or '.join(quoted)}?" if quoted else ""
+def shorten(text: str, most: int = 80) -> str:
+    """One line of at most that many characters."""
+    line = " ".join(text.split()) if "\n" in text else text
+    return line if len(line) <= most else f"{line[: most - 20]}...{line[-17:]}"
 
 
-def near_misses(word: str, known: Iterable[str], most: int = 2) -> list[str]:
-    """The known words that look like `word`, best first."""
-    folded: dict[str, str] = {}
-    for name in known:
-        folded.setdefault(name.casefold(), name)
-    found = difflib.get_close_matches(word.casefold(), list(folded), n=most, cutoff=0.6)
-    return [folded[name] for name in found]
+def show(value: object) -> str:
+    """How a message shows an object that somebody passed: on one line, without addresses."""
+    if hasattr(value, "shape") and hasattr(value, "dtype") and getattr(value, "shape", ()) != ():
+        return f"an array {value.dtype}[{','.join(map(str, value.shape))}]"
+    if callable(value) and hasattr(value, "__qualname__"):
+        kind = "class" if isinstance(value, type) else "function"
+        return f"the {kind} {value.__qualname__}"
+    try:
+        text = repr(value)
+    except Exception:
+        return f"an object of type {type(value).__name__}"
+    return shorten(re.sub(r" at 0x[0-9a-f]+", "", text))
 
 
 def listing(names: Iterable[str], most: int = 6) -> str:
     """Quote the first few names and count the rest."""
     quoted = [repr(name) for name in names]
-    shown = ", ".join(quoted[:most])
-    return f"{shown} and {len(quoted) - most} more" if len(quoted) > most else shown
+    if len(quoted) > most:
+        return f"{', '.join(quoted[:most])} and {len(quoted) - most} more"
+    return " and ".join(filter(None, [", ".join(quoted[:-1]), *quoted[-1:]]))

@@ -15,7 +15,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from lrmult._errors import IndexRangeError, LrmultError, PositionError, RuleError
+from lrmult._errors import (
+    IndexRangeError,
+    LrmultError,
+    PositionError,
+    RuleError,
+    shorten,
+    show,
+)
 from lrmult._paths import ParamTree
 from lrmult._patterns import ANY_DEPTH, At, Glob, Indexed, Names, Pattern
 from lrmult._positions import (
@@ -92,13 +99,15 @@ def _selects(selector: Any, tree: ParamTree, index: int, node: int) -> bool:
         answer = selector(path, leaf)
     except Exception as error:
         raise RuleError(
-            f"its predicate raised {type(error).__name__} for the array {path!r}: {error}; a "
-            "predicate takes (path: str, leaf: jax.ShapeDtypeStruct) and returns a bool"
+            f"its predicate raised {type(error).__name__} for the array {shorten(path)!r}: "
+            f"{shorten(str(error))}; a predicate takes (path: str, leaf: jax.ShapeDtypeStruct) and "
+            "returns a bool"
         ) from error
     if isinstance(answer, bool | np.bool_):
         return bool(answer)
     raise RuleError(
-        f"its predicate returned {answer!r} for the array {path!r}; return True or False"
+        f"its predicate returned {show(answer)} for the array {shorten(path)!r}; return True or "
+        "False"
     )
 
 
@@ -256,14 +265,14 @@ class _Walk:
             try:
                 above, family = self._family(node, name, rule)
                 if family:
-                    what = repr(self.tree.text(above)) if above else "the root"
+                    what = repr(shorten(self.tree.text(above))) if above else "the root"
                     if name is not None and above == node:
-                        what = f"the family {name!r} {'below' if above else 'at'} {what}"
+                        what = f"the family {shorten(name)!r} {'below' if above else 'at'} {what}"
                     for member in family.select(step.position, what):
                         below = self.tree.children[above][member]
                         self._resolved[below] = self._resolved.get(below, 0) | bit << 1
             except UnknowablePositionError as error:
-                self.errors.setdefault(rule, error)
+                self.errors.setdefault(rule, PositionError(str(error)))
             except PositionError as error:
                 # A place without an order, or without that position, is passed over, and matters
                 # only if the rule matches nothing. Out of range says more than no order.
@@ -316,10 +325,24 @@ class _Walk:
         if family is None:
             children, text = self.tree.children[node], self.tree.text(node)
             if not children:
-                seen = f"{text!r} is an array" if node else "the tree is empty or a bare array"
-                raise PositionError(f"{seen}, and has no children for a position to count")
+                raise PositionError(self._childless(node))
             family = self._orders[node] = order_of(children, text)
         return family
+
+    def _childless(self, node: int) -> str:
+        if not node:
+            return "the tree is empty or a bare array, and has no children for a position to count"
+        seen = f"{shorten(self.tree.text(node))!r} holds no array"
+        if node in self.tree.places:
+            index = self.tree.places.index(node)
+            shape = ",".join(map(str, self.tree.shapes[index]))
+            seen = (
+                f"{shorten(self.tree.text(node))!r} is an array, {self.tree.dtypes[index]}[{shape}]"
+            )
+        return (
+            f"{seen}, and has no children for a position to count; leave the position out for the "
+            "whole array"
+        )
 
     def _stems(self, node: int) -> dict[str, list[str]]:
         if node not in self._groups:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from optax import MaskedNode
 
-from lrmult._errors import RuleError
+from lrmult._errors import RuleError, shorten
 from lrmult._patterns import escape
 
 PyTree: TypeAlias = Any
@@ -74,16 +74,17 @@ class ParamTree:
             self.places.append(node)
             if node in arrays:
                 raise RuleError(
-                    f"two arrays of the tree have the path {self.text(node)!r} (a '/' inside a key "
-                    "separates segments too); rename one of the keys"
+                    f"two arrays of the tree have the path {shorten(self.text(node))!r} (a '/' "
+                    "inside a key separates segments too); rename one of the keys"
                 )
             arrays.add(node)
         for node in arrays:
             if self.children[node]:
                 below = next(iter(self.children[node].values()))
                 raise RuleError(
-                    f"the tree has an array at {self.text(node)!r} and another below it, at "
-                    f"{self.text(below)!r}, so no text names the first alone; rename a key"
+                    f"the tree has an array at {shorten(self.text(node))!r} and another below it, "
+                    f"at {shorten(self.text(below))!r}, so no text names the first alone; rename a "
+                    "key"
                 )
 
     def _descend(self, node: int, key: Any) -> int:

@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, Final, NamedTuple, TypeAlias
 
-from lrmult._errors import PatternError
+from lrmult._errors import PatternError, shorten, show
 
 _SPECIAL: Final = re.compile(r"[\\*{}\[\]]")
 _MOST_ALTERNATIVES: Final = 1000
@@ -42,6 +42,11 @@ class Names:
     """
 
     alternatives: tuple[tuple[str, ...], ...]
+
+    @property
+    def is_literal(self) -> bool:
+        """Whether this is one name, without a wildcard."""
+        return len(self.alternatives) == 1 and len(self.alternatives[0]) == 1
 
     @property
     def literals(self) -> Iterator[str]:
@@ -162,7 +167,7 @@ def pattern_from_tuple(parts: tuple[Any, ...]) -> Pattern:
             # Keys of a tree that hold a "/" are split, so names that hold one are split too.
             names = part.split("/")
             if not all(names):
-                raise PatternError(f"{part!r} in a tuple has an empty name; leave it out")
+                raise PatternError(f"{shorten(part)!r} in a tuple has an empty name; leave it out")
             steps.extend(literal(name) for name in names)
         else:
             position = position_from_python(part)
@@ -182,8 +187,8 @@ def position_from_python(value: Any) -> Position:
         numbers = [None if end is None else operator.index(end) for end in ends]
     except TypeError:
         raise PatternError(
-            f"{value!r} is neither a name, an int, a slice of ints nor ..., which is all that a "
-            "position or a tuple may hold"
+            f"{show(value)} is neither a name, an int, a slice of ints nor ..., which is all that "
+            "a position or a tuple may hold"
         ) from None
     if isinstance(value, slice):
         return _span(numbers[0], numbers[1], numbers[2], repr(value))
@@ -194,7 +199,7 @@ def position_from_python(value: Any) -> Position:
 
 def _span(start: int | None, stop: int | None, step: int | None, text: str) -> Span:
     if step == 0:
-        raise PatternError(f"{text} has a step of 0; a slice steps by at least 1")
+        raise PatternError(f"{text} has a step of 0; leave the step out, or write another")
     return Span(start, stop, step)
 
 
@@ -235,8 +240,9 @@ def parse(text: str) -> Pattern:
     Raises:
         PatternError: with the cause alone; whoever knows the rule adds where it stands.
     """
-    if not text:
-        raise PatternError("an empty text names nothing; write ... for everything")
+    if not text.strip("/"):
+        seen = f"{shorten(text)!r}" if text else "an empty text"
+        raise PatternError(f"{seen} names nothing; write ... for everything")
     segments: list[list[_Token]] = [[]]
     braces = 0
     for token in _tokens(text):
@@ -344,8 +350,8 @@ def _parse_brackets(tokens: list[_Token]) -> list[Position]:
         if inside is None:
             if mark != "[":
                 raise PatternError(
-                    f"{token.text!r} follows a ']'; a position ends its segment, so a '/' (or "
-                    "nothing) comes next"
+                    f"{shorten(token.text)!r} follows a ']'; a position ends its segment, so a '/' "
+                    "(or nothing) comes next"
                 )
             inside, opened = [], token.column
         elif mark == "]":
@@ -364,8 +370,9 @@ def _parse_position(text: str) -> Position:
     found = _POSITION.fullmatch(text)
     if found is None:
         raise PatternError(
-            f"[{text}] is no position; write one int or slice, such as [2], [-1] or [:4] (several "
-            "positions are several rules), or '\\[' for the character itself"
+            f"[{shorten(text)}] is no position; write one int or slice, such as [2], [-1] or [:4] "
+            "(several positions are several rules); a name goes after a '/', and for the character "
+            "itself write '\\['"
         )
     if found["index"] is not None:
         return int(found["index"])

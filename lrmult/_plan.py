@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -54,17 +55,22 @@ class Plan:
         rules: the rules that it was compiled from.
         treedef: the structure of the parameter tree.
         claims: per leaf, in the order of `jax.tree.leaves`, the index of the rule that has it.
+        warnings: what `strict=False` let pass.
     """
 
     rules: Rules
     treedef: Any
     claims: tuple[int | None, ...]
+    warnings: tuple[str, ...]
 
-    def __init__(self, rules: Rules, tree: ParamTree, claims: Iterable[int | None]) -> None:
+    def __init__(
+        self, rules: Rules, tree: ParamTree, claims: Iterable[int | None], warnings: Iterable[str]
+    ) -> None:
         self.rules = rules
         self.treedef = tree.treedef
         self._tree = tree
         self.claims = tuple(claims)
+        self.warnings = tuple(warnings)
 
     @functools.cached_property
     def flat_multipliers(self) -> tuple[float, ...]:
@@ -171,10 +177,26 @@ def compile_rules(rules: RulesLike, params: PyTree, *, strict: bool = True) -> P
         >>> rules = [("encoder[:3]", None), ("**/b", 2), ("head", 10)]
         >>> plan = lm.compile_rules(rules, params)
         >>> print(plan)
+        parameters     arrays        size   multiplier   rule
+        ─────────────────────────────────────────────────────────────────
+        encoder[0:3]   6 x various    216       frozen   0: 'encoder[:3]'
+        encoder/3/b    f32[8]           8            2   1: '**/b'
+        encoder/3/w    f32[8,8]        64            1   none
+        head/b         f32[2]           2            2   1: '**/b'
+        head/w         f32[8,2]        16           10   2: 'head'
+        <BLANKLINE>
+        10 arrays, 306 parameters: 90 train, 216 frozen
         >>> plan.multipliers["head"]
         {'b': 2.0, 'w': 10.0}
     """
-    return _compile(Rules(rules), params, strict)
+    return warned(_compile(Rules(rules), params, strict))
+
+
+def warned(plan: Plan) -> Plan:
+    """The plan, after a warning of each of its mistakes to the caller's caller."""
+    for message in plan.warnings:
+        warnings.warn(message, stacklevel=3)
+    return plan
 
 
 def trainable_mask(rules: RulesLike, *, strict: bool = True) -> Callable[[PyTree], PyTree]:
@@ -199,7 +221,7 @@ def trainable_mask(rules: RulesLike, *, strict: bool = True) -> Callable[[PyTree
     read = Rules(rules)
 
     def mask(params: PyTree) -> PyTree:
-        return cached_plan(read, params, strict).trainable
+        return warned(cached_plan(read, params, strict)).trainable
 
     return mask
 
@@ -230,5 +252,5 @@ _NO_ARRAY = object()  # stands for leaves such as functions
 def _compile(rules: Rules, params: PyTree, strict: bool) -> Plan:
     tree = ParamTree(params)
     matches = match([rule.selector for rule in rules], tree)
-    check(rules, tree, matches, strict=strict)
-    return Plan(rules, tree, (row[0] if row else None for row in matches.rows))
+    passed = check(rules, tree, matches, strict=strict)
+    return Plan(rules, tree, [row[0] if row else None for row in matches.rows], passed)

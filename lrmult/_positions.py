@@ -9,7 +9,7 @@ import functools
 import re
 from collections.abc import Collection, Iterable
 
-from lrmult._errors import IndexRangeError, PositionError, listing
+from lrmult._errors import IndexRangeError, PositionError, listing, shorten
 from lrmult._patterns import Position, Span, show_position
 
 _NUMBERED = re.compile(r"(?P<stem>.*?)(?P<number>[0-9]{1,18})", re.DOTALL)
@@ -111,15 +111,15 @@ def family_of(
     plain, underscored = groups.get(base, []), groups.get(base + "_", [])
     if plain and underscored:
         raise PositionError(
-            f"{base!r} {_below(node)} may mean {listing(plain, 2)} or {listing(underscored, 2)}; "
-            "write the name of the one that you mean"
+            f"{shorten(base)!r} {_below(node)} may mean {listing(plain[:1])} or "
+            f"{listing(underscored[:1])}; write the names of those that you mean"
         )
     names = plain or underscored
     if not names or not base:
         return None
     # Haiku calls the first of a family by the bare name: linear, linear_1, linear_2.
     bare = base in children and not plain
-    return _number(names, base if bare else None, f"the family {base!r} {_below(node)}")
+    return _number(names, base if bare else None, f"the family {shorten(base)!r} {_below(node)}")
 
 
 def order_of(children: Collection[str], node: str) -> Family:
@@ -137,10 +137,16 @@ def order_of(children: Collection[str], node: str) -> Family:
             family = _number(names, bare, f"what is {_below(node)}")
             if len(family.members) == len(children):
                 return family
+    shown = listing([shorten(name, 40) for name in sorted(children)], 4)
+    if len(children) == 1:
+        raise PositionError(
+            f"the only child {_below(node)}, {shown}, has no number for a position to count; write "
+            "its name"
+        )
     raise PositionError(
-        f"the children {_below(node)} ({listing(sorted(children), 4)}) have unlike names, and a "
-        "parameter tree's structure keeps no order of those (JAX sorts dict keys); write the name "
-        "of the one that you mean"
+        f"the children {_below(node)} ({shown}) have unlike names, and a parameter tree's "
+        "structure keeps no order for them (JAX sorts dict keys); write the names of those that "
+        "you mean"
     )
 
 
@@ -151,7 +157,7 @@ def _number(names: list[str], bare: str | None, what: str) -> Family:
         if number in members:
             raise PositionError(
                 f"{what} has two members with the number {number}: {members[number]!r} and "
-                f"{name!r}; write the name of the one that you mean"
+                f"{name!r}; write the names of those that you mean"
             )
         members[number] = name
     if bare is not None:
@@ -160,4 +166,4 @@ def _number(names: list[str], bare: str | None, what: str) -> Family:
 
 
 def _below(node: str) -> str:
-    return f"below {node!r}" if node else "at the root"
+    return f"below {shorten(node)!r}" if node else "at the root"

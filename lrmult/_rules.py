@@ -10,7 +10,14 @@ from typing import Any, TypeAlias, cast, overload
 import jax
 import numpy as np
 
-from lrmult._errors import LrmultError, MultiplierError, PatternError, RuleError
+from lrmult._errors import (
+    LrmultError,
+    MultiplierError,
+    PatternError,
+    RuleError,
+    shorten,
+    show,
+)
 from lrmult._patterns import (
     ANY_DEPTH,
     At,
@@ -174,8 +181,8 @@ def name_rule(index: int, target: Target, multiplier: Any) -> str:
 
 
 def show_rule(target: Target, multiplier: Any) -> str:
-    shown = "frozen" if multiplier is None else _short(multiplier)
-    return f"{show_target(target)} -> {shown}"
+    """A rule in a message."""
+    return f"{show_target(target)} -> {'frozen' if multiplier is None else show(multiplier)}"
 
 
 def show_target(target: Target) -> str:
@@ -183,17 +190,12 @@ def show_target(target: Target) -> str:
     if target is ...:
         return "..."
     if isinstance(target, tuple):
-        shown = [show_target(part) for part in target]
-        return f"({', '.join(shown)}{',' * (len(shown) == 1)})"
+        shown = [show_target(part) for part in target[:20]] + ["..."] * (len(target) > 20)
+        return shorten(f"({', '.join(shown)}{',' * (len(target) == 1)})")
     if callable(target) and not isinstance(target, type):
         name = getattr(target, "__qualname__", None)
-        return f"<predicate {name}>" if name else _short(target)
-    return _short(target)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+        return f"<predicate {shorten(name)}>" if name else show(target)
+    return show(target)
 
 
 def _read_rules(rules: Any) -> Iterator[Rule]:
@@ -206,23 +208,28 @@ def _read_rules(rules: Any) -> Iterator[Rule]:
             "or [(..., None)] to freeze everything"
         )
     if isinstance(rules, numbers.Number) or getattr(rules, "ndim", None) == 0:
-        yield _read_rule(0, (..., rules))
+        try:
+            yield _read_rule(0, (..., rules))
+        except MultiplierError as error:
+            raise MultiplierError(f"{error} ([(..., None)] freezes everything)") from None
         return
     if isinstance(rules, Mapping):
         rules = rules.items()
-    elif _looks_like_one_rule(rules):
-        raise RuleError(
-            f"{_short(rules)} is one rule, not a list of rules; write [{_short(rules)}]"
-        )
     elif isinstance(rules, set | frozenset):
         raise RuleError(
             "a set of rules has no order, and the first rule that matches wins; write a list"
         )
-    elif isinstance(rules, str | bytes) or not isinstance(rules, Iterable):
+    elif (
+        isinstance(rules, str | bytes)
+        or hasattr(rules, "_fields")
+        or not isinstance(rules, Iterable)
+    ):
         raise RuleError(
-            f"{_short(rules)} is no list of rules; write a list of (target, multiplier) pairs, "
-            "such as [('head', 10.0), (..., 0.1)]"
+            f"{show(rules)} is no list of rules; write a list of (target, multiplier) pairs, such "
+            "as [('head', 10.0), (..., 0.1)]"
         )
+    elif _looks_like_one_rule(rules):
+        raise RuleError(f"{show(rules)} is one rule, not a list of rules; write [{show(rules)}]")
     for index, item in enumerate(rules):
         yield _read_rule(index, item)
 
@@ -232,24 +239,52 @@ def _looks_like_one_rule(rules: Any) -> bool:
     if not isinstance(rules, tuple | list) or len(rules) != 2:
         return False
     target, multiplier = rules
-    if isinstance(target, tuple | list | Rule):
-        return isinstance(rules, tuple) and isinstance(multiplier, numbers.Number | None)
-    return True
+    if multiplier is not None and not isinstance(multiplier, numbers.Number | str):
+        return False
+    if isinstance(target, tuple):
+        return isinstance(rules, tuple)
+    return target is ... or isinstance(target, str) != isinstance(multiplier, str)
 
 
 def _read_rule(index: int, item: Any) -> Rule:
     if isinstance(item, Rule):
         return item
-    if not isinstance(item, tuple | list) or len(item) != 2:
+    nested = isinstance(item, Rules) or (
+        isinstance(item, tuple | list)
+        and len(item) > 0
+        and all(isinstance(part, tuple | list | Rule) for part in item)
+    )
+    if nested:
         raise RuleError(
-            f"rule {index} is {_short(item)}, which is no (target, multiplier) pair; write for "
-            "instance ('head', 10.0), or ('head', None) to freeze"
+            f"rule {index} is {show(item)}, a list of rules and no (target, multiplier) pair; join "
+            "lists of rules with +, or take the inner brackets off"
+        )
+    if not isinstance(item, tuple | list) or len(item) != 2:
+        target = item if isinstance(item, str) else "head"
+        raise RuleError(
+            f"rule {index} is {show(item)}, which is no (target, multiplier) pair; write for "
+            f"instance ({show(target)}, 10.0), or ({show(target)}, None) to freeze"
         )
     target, multiplier = item
     try:
         return Rule(target, multiplier)
     except LrmultError as error:
-        raise type(error)(f"{name_rule(index, target, multiplier)}: {error}") from None
+        cause = _misplaced(target, multiplier) or error
+        raise type(error)(f"{name_rule(index, target, multiplier)}: {cause}") from None
+
+
+def _misplaced(target: Any, multiplier: Any) -> str | None:
+    """What to say of a pair that is the wrong way round, or holds further rules."""
+    if isinstance(multiplier, str) and (target is None or isinstance(target, numbers.Real)):
+        return f"the target comes first; write ({show(multiplier)}, {show(target)})"
+    if isinstance(multiplier, Mapping):
+        names = [target, *list(multiplier)[:1]]
+        example = "/".join(names) if all(isinstance(name, str) for name in names) else "head/bias"
+        return (
+            "a multiplier is a number or None, not a dict; rules do not nest, so write the path in "
+            f"full, such as {shorten(example)!r}"
+        )
+    return None
 
 
 def _read_multiplier(value: Any) -> Multiplier:
@@ -267,28 +302,33 @@ def _read_multiplier(value: Any) -> Multiplier:
     try:
         number = float(value)
     except OverflowError:
-        number = math.inf
+        raise MultiplierError(f"{show(value)} is too large for a float") from None
     if not math.isfinite(number):
         raise MultiplierError(
-            f"{_short(value)} is not finite; write a finite number, or None for what is frozen"
+            f"{show(value)} is not finite; write a finite number, or None for what is frozen"
         )
     return number or None
 
 
 def _wrong_multiplier(value: Any) -> str:
-    seen = f"a multiplier is a number or None, not {_short(value)} ({type(value).__name__})"
+    shown = show(value)
+    if not shown.startswith(("an ", "the ")):
+        shown = f"{shown} ({type(value).__name__})"
+    seen = f"a multiplier is one number or None, not {shown}"
     if isinstance(value, str):
         try:
-            return f"{seen}; write {float(value)!r}, without quotes"
+            if math.isfinite(float(value)):
+                return f"{seen}; write {float(value)!r}, without quotes"
         except ValueError:
-            return f"{seen}; write None for what is frozen, or a number such as 0.1"
+            pass
+        return f"{seen}; write None for what is frozen, or a finite number such as 0.1"
     if isinstance(value, numbers.Complex):
         return f"{seen}; write its real part"
-    if isinstance(value, jax.Array):
+    if getattr(value, "shape", None) == ():
         return f"{seen}; write float(...) of it"
-    if callable(value):
+    if callable(value) and not isinstance(value, type):
         return f"{seen}; schedules are not supported, so write the number to use"
-    return f"{seen}; write for instance 0.1, or None for what is frozen"
+    return f"{seen}; write a number such as 0.1, or None for what is frozen"
 
 
 def _read_target(target: Any) -> Selector:
@@ -311,10 +351,11 @@ def _read_target(target: Any) -> Selector:
         if not any(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(target)):
             return cast(Predicate, target)
         raise PatternError(
-            f"a {type(target).__name__} is no target; write its path, as lrmult.paths(...) lists it"
+            f"a module ({type(target).__name__}) is no target; write its path, as "
+            "lrmult.paths(...) lists it"
         )
     raise PatternError(
-        f"{_short(target)} ({type(target).__name__}) is no target; write a path such as "
+        f"{show(target)} ({type(target).__name__}) is no target; write a path such as "
         "'encoder/head' or a tuple of names for one part, ... for everything, a compiled regular "
         "expression, or a predicate (path, leaf) -> bool"
     )

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from lrmult._paths import PyTree
-from lrmult._plan import cached_plan
+from lrmult._plan import cached_plan, warned
 from lrmult._rules import Rules, RulesLike
 
 
@@ -20,6 +20,8 @@ def scale_by_rules(
     Chain it *after* an optimizer. There a multiplier is a multiplier on the learning rate,
     decoupled weight decay included, for all optimizers whose update is linear in their learning
     rate. Before Adam and its relatives, which divide by the size of the gradient, it does nothing.
+    Nothing should come after it: weight decay would move what is frozen, and a factor such as the
+    learning rate would turn the negative zeros below into positive ones.
 
     * Frozen arrays keep every bit under any optimizer, weight decay and momentum, also where their
       gradient is NaN or infinite: their update is a constant negative zero, since adding ``+0.0``
@@ -51,20 +53,20 @@ def scale_by_rules(
         >>> import lrmult as lm
         >>> import optax
         >>> params = {"trunk": jnp.array([1.0, 2.0]), "head": jnp.array([3.0])}
-        >>> tx = optax.chain(optax.adamw(0.1), lm.scale_by_rules([("head", 10), (..., None)]))
+        >>> tx = optax.chain(optax.sgd(0.1), lm.scale_by_rules([("head", 5), (..., None)]))
         >>> state = tx.init(params)
         >>> grads = {"trunk": jnp.array([1.0, jnp.nan]), "head": jnp.array([1.0])}
         >>> updates, state = tx.update(grads, state, params)
         >>> new = optax.apply_updates(params, updates)
         >>> print(new["trunk"], new["head"])
-        [1. 2.] [1.9997]
+        [1. 2.] [2.5]
     """
     read = Rules(rules)
 
     def init(params: PyTree) -> optax.EmptyState:
         # optax itself calls `init` with a placeholder that has no leaves: nothing to check there.
         if jax.tree.leaves(params):
-            cached_plan(read, params, strict)
+            warned(cached_plan(read, params, strict))
         return optax.EmptyState()
 
     def update(

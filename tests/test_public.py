@@ -18,6 +18,7 @@ ORDER = (
     "_positions",
     "_rules",
     "_matching",
+    "_suggest",
     "_checks",
     "_plan",
     "_report",
