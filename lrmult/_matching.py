@@ -24,7 +24,7 @@ from lrmult._errors import (
     show,
 )
 from lrmult._paths import ParamTree
-from lrmult._patterns import ANY_DEPTH, At, Glob, Indexed, Names, Pattern
+from lrmult._patterns import At, Glob, Indexed, Names, Pattern, Position, Step
 from lrmult._positions import (
     Family,
     UnknowablePositionError,
@@ -126,33 +126,41 @@ class _Automaton:
         self.start = 0
         self.accept = 0
         self.any_depth = 0
-        self.positional = 0
-        self.steps: dict[int, Indexed | At] = {}  # the positional ones, by the bit of their state
-        self._owner: list[int] = []  # state -> rule
+        self.indexed = 0  # those that wait for name[position]
+        self.at = 0  # those that wait for [position]
+        self.positions: dict[int, Position] = {}  # of either, by the bit of the state
         self.accepting: list[int] = []  # rule -> the bit of the state in which it has matched
+        self._owner: list[int] = []  # state -> rule
         self._literals: dict[str, int] = {}
         self._globs: dict[Glob, int] = {}
         for rule, selector in enumerate(selectors):
-            steps = selector.steps if isinstance(selector, Pattern) else ()
-            self.start |= (1 << len(self._owner)) if isinstance(selector, Pattern) else 0
-            for step in steps:
-                self._add(step, 1 << len(self._owner))
-                self._owner.append(rule)
+            if isinstance(selector, Pattern):
+                self.start |= 1 << len(self._owner)
+                for step in selector.steps:
+                    self._add(step, 1 << len(self._owner))
+                    self._owner.append(rule)
             self.accepting.append(1 << len(self._owner))
             self.accept |= self.accepting[-1]
             self._owner.append(rule)
 
-    def _add(self, step: Any, bit: int) -> None:
-        if step is ANY_DEPTH:
-            self.any_depth |= bit
+    def _add(self, step: Step, bit: int) -> None:
+        if isinstance(step, At):
+            self.at |= bit
+            self.positions[bit] = step.position
         elif isinstance(step, Names):
-            for name in step.literals:
-                self._literals[name] = self._literals.get(name, 0) | bit
-            for glob in step.globs:
-                self._globs[glob] = self._globs.get(glob, 0) | bit
+            self._add_names(step, bit)
+        elif isinstance(step, Indexed):
+            self.indexed |= bit
+            self.positions[bit] = step.position
+            self._add_names(step.names, bit)
         else:
-            self.positional |= bit
-            self.steps[bit] = step
+            self.any_depth |= bit
+
+    def _add_names(self, names: Names, bit: int) -> None:
+        for name in names.literals:
+            self._literals[name] = self._literals.get(name, 0) | bit
+        for glob in names.globs:
+            self._globs[glob] = self._globs.get(glob, 0) | bit
 
     def rules_of(self, states: int) -> Iterator[int]:
         """The rules that some states belong to, in order."""
@@ -168,7 +176,7 @@ class _Automaton:
         return states | (states & self.any_depth) << 1
 
     def expecting(self, names: Iterable[str]) -> dict[str, int]:
-        """For each name, the states that a segment of that name moves on."""
+        """For each name, the states that wait for that name, with a position or without."""
         vocabulary = _Vocabulary(names)
         expecting = dict.fromkeys(vocabulary.names, 0)
         for name in self._literals.keys() & expecting.keys():
@@ -218,19 +226,27 @@ class _Walk:
         self.errors: dict[int, LrmultError] = {}
         self._resolved: dict[int, int] = {}  # node -> the states that a position leads to there
         self._merged: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[int, ...]] = {}
-        self._orders: dict[int, Family] = {}
+        self._orders: dict[int, Family | PositionError] = {}
         self._groups: dict[int, dict[str, list[str]]] = {}
 
     def run(self) -> None:
         """Visit every node."""
         automaton, active, matched = self.automaton, self.active, self.matched
-        expecting = automaton.expecting(self.tree.names)
+        names = self.tree.names
+        if automaton.indexed:
+            names = [*names, *itertools.chain.from_iterable(map(base_names, stems(names)))]
+        expecting = automaton.expecting(names)
         self._arrive(0, automaton.close(automaton.start), ())
         for node, children in enumerate(self.tree.children):
             states = active[node]
-            if states & automaton.positional:
-                for bit in _bits(states & automaton.positional):
-                    self._follow(node, bit)
+            for bit in _bits(states & automaton.at):
+                self._follow(node, None, bit)
+            by_name = states & automaton.indexed
+            if by_name:
+                for name in self._countable(node):
+                    for bit in _bits(by_name & expecting[name]):
+                        self._follow(node, name, bit)
+                states ^= by_name
             # What stays active below whatever the children are called.
             lasting = automaton.close(states & automaton.any_depth) & ~automaton.accept
             known = matched[node]
@@ -257,28 +273,27 @@ class _Walk:
             merged = self._merged[key] = tuple(sorted({*rules, *more}))
         return merged
 
-    def _follow(self, node: int, bit: int) -> None:
+    def _follow(self, node: int, name: str | None, bit: int) -> None:
         """Follow one position from a node to the nodes that it means."""
         [rule] = self.automaton.rules_of(bit)
-        step = self.automaton.steps[bit]
-        for name in [None] if isinstance(step, At) else self._candidates(node, step.names):
-            try:
-                above, family = self._family(node, name, rule)
-                if family:
-                    what = repr(shorten(self.tree.text(above))) if above else "the root"
-                    if name is not None and above == node:
-                        what = f"the family {shorten(name)!r} {'below' if above else 'at'} {what}"
-                    for member in family.select(step.position, what):
-                        below = self.tree.children[above][member]
-                        self._resolved[below] = self._resolved.get(below, 0) | bit << 1
-            except UnknowablePositionError as error:
-                self.errors.setdefault(rule, PositionError(str(error)))
-            except PositionError as error:
-                # A place without an order, or without that position, is passed over, and matters
-                # only if the rule matches nothing. Out of range says more than no order.
-                known = self.unresolved.setdefault(rule, error)
-                if isinstance(error, IndexRangeError) and not isinstance(known, IndexRangeError):
-                    self.unresolved[rule] = error
+        try:
+            above, family = self._family(node, name, rule)
+            if family is None:
+                return
+            what = repr(shorten(self.tree.text(above))) if above else "the root"
+            if name is not None and above == node:
+                what = f"the family {shorten(name)!r} {'below' if above else 'at'} {what}"
+            for member in family.select(self.automaton.positions[bit], what):
+                below = self.tree.children[above][member]
+                self._resolved[below] = self._resolved.get(below, 0) | bit << 1
+        except UnknowablePositionError as error:
+            self.errors.setdefault(rule, PositionError(str(error)))
+        except PositionError as error:
+            # A place without an order, or without that position, is passed over, and matters only
+            # if the rule matches nothing. Out of range says more than no order.
+            known = self.unresolved.setdefault(rule, error)
+            if isinstance(error, IndexRangeError) and not isinstance(known, IndexRangeError):
+                self.unresolved[rule] = error
 
     def _family(self, node: int, name: str | None, rule: int) -> tuple[int, Family | None]:
         """What a position counts, and the node that it stands below.
@@ -297,37 +312,36 @@ class _Walk:
                 return child, self._order(child)
             except PositionError as error:
                 no_order = error
-        family = (
-            None
-            if name is None
-            else family_of(children, name, self._stems(node), self.tree.text(node))
-        )
+        family = None
+        if name is not None:
+            family = family_of(children, name, self._stems(node), self.tree.text(node))
         if child in holes:
             self.in_holes.add(rule)
         elif no_order and family is None:
             raise no_order
         return node, family
 
-    def _candidates(self, node: int, names: Names) -> Iterator[str]:
-        """The names below a node, of children and of families, that a step speaks of."""
-        children, families = self.tree.children[node], self._stems(node)
-        if not any(names.globs):
-            known = (name for name in names.literals)
-            yield from (n for n in known if n in children or n in families or n + "_" in families)
-            return
-        called = dict.fromkeys(children)
-        for stem in families:
-            called.update(dict.fromkeys(filter(None, base_names(stem))))
-        yield from filter(names.match, called)
+    def _countable(self, node: int) -> Iterable[str]:
+        """The names below a node that a position may follow: of children, and of families."""
+        bases = itertools.chain.from_iterable(map(base_names, self._stems(node)))
+        return dict.fromkeys([*self.tree.children[node], *filter(None, bases)])
 
     def _order(self, node: int) -> Family:
-        family = self._orders.get(node)
-        if family is None:
-            children, text = self.tree.children[node], self.tree.text(node)
-            if not children:
-                raise PositionError(self._childless(node))
-            family = self._orders[node] = order_of(children, text)
-        return family
+        if node not in self._orders:
+            try:
+                self._orders[node] = self._find_order(node)
+            except PositionError as error:
+                self._orders[node] = error
+        order = self._orders[node]
+        if isinstance(order, PositionError):
+            raise order
+        return order
+
+    def _find_order(self, node: int) -> Family:
+        children = self.tree.children[node]
+        if not children:
+            raise PositionError(self._childless(node))
+        return order_of(children, self.tree.text(node))
 
     def _childless(self, node: int) -> str:
         if not node:

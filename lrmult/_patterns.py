@@ -56,10 +56,6 @@ class Names:
     def globs(self) -> Iterator["Glob"]:
         return (Glob(parts) for parts in self.alternatives if len(parts) > 1)
 
-    def match(self, name: str) -> bool:
-        """Whether `name` is one of these names."""
-        return name in self.literals or any(glob.match(name) for glob in self.globs)
-
 
 @dataclasses.dataclass(frozen=True)
 class Glob:
