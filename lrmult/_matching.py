@@ -188,27 +188,35 @@ class _Automaton:
 
 
 class _Vocabulary:
-    """The distinct names of a tree, laid out as one text in which a fixed text is found fast."""
+    """The distinct names of a tree, in order and as one text, so that a glob is tried on few."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        self.names = list(dict.fromkeys(names))
+        self.names = sorted(set(names))
         self._text = "\0".join(["", *self.names, ""])
         lengths = (len(name) + 1 for name in self.names)
         self._starts = list(itertools.accumulate(lengths, initial=0))
 
     def matching(self, glob: Glob) -> Iterator[str]:
         """The names that match a glob."""
+        return filter(glob.match, self._candidates(glob))
+
+    def _candidates(self, glob: Glob) -> Iterator[str]:
         first, *_, last = glob.parts
-        needle = max(f"\0{first}", f"{last}\0", *glob.parts, key=len)
-        if needle == "\0" or "\0" in needle.strip("\0"):
-            yield from filter(glob.match, self.names)
+        longest = max(glob.parts, key=len)
+        if first or not longest:
+            start = bisect.bisect_left(self.names, first)
+            yield from itertools.takewhile(
+                lambda name: name.startswith(first), itertools.islice(self.names, start, None)
+            )
+            return
+        needle = f"{last}\0" if last else longest
+        if "\0" in longest:  # a name might hold the separator itself
+            yield from self.names
             return
         at = self._text.find(needle)
         while at >= 0:
-            # A needle that begins with the separator begins where the name does.
             index = bisect.bisect_right(self._starts, at) - 1
-            if glob.match(self.names[index]):
-                yield self.names[index]
+            yield self.names[index]
             at = self._text.find(needle, self._starts[index + 1])
 
 

@@ -4,6 +4,7 @@
 in the package looks at JAX key paths.
 """
 
+import functools
 import itertools
 import sys
 from collections.abc import Iterable, Iterator
@@ -49,60 +50,54 @@ class ParamTree:
         self._read(params)
 
     def _read(self, params: PyTree) -> None:
-        parents: dict[KeyPath, int] = {(): 0}
-        arrays: set[int] = set()
+        """Fill the lists. A call per leaf is most of what compiling costs, hence the one loop."""
+        names, parents, children = self.names, self.parents, self.children
+
+        def descend(node: int, key: Any) -> int:
+            """The node that one key of a key path leads to, made if it is new."""
+            name = _key_name(key)
+            for segment in name.split("/") if "/" in name else (name,):
+                below = children[node]
+                child = below.get(segment)
+                if child is None:
+                    child = len(names)
+                    if below is _CHILDLESS:
+                        below = children[node] = {}
+                    below[segment] = child
+                    names.append(segment)
+                    parents.append(node)
+                    children.append(_CHILDLESS)
+                node = child
+            return node
+
+        reached: dict[KeyPath, int] = {(): 0}
         for path, value in _flatten(params, _box_types()):
-            node = 0
-            if path:
-                above = path[:-1]
-                parent = parents.get(above)
-                if parent is None:
-                    parent = 0
-                    for key in above:
-                        parent = self._descend(parent, key)
-                    parents[above] = parent
-                node = self._descend(parent, path[-1])
+            above = path[:-1]
+            parent = reached.get(above)
+            if parent is None:
+                parent = reached[above] = functools.reduce(descend, above, 0)
+            node = descend(parent, path[-1]) if path else 0
             if value is None or type(value) is MaskedNode:
                 self.holes.add(node)
                 continue
             shape, dtype = shape_and_dtype(value)
             self.shapes.append(shape)
             self.dtypes.append(dtype)
-            if dtype is None:
-                self.places.append(None)
-                continue
-            self.places.append(node)
-            if node in arrays:
-                raise RuleError(
-                    f"two arrays of the tree have the path {shorten(self.text(node))!r} (a '/' "
-                    "inside a key separates segments too); rename one of the keys"
-                )
-            arrays.add(node)
+            self.places.append(None if dtype is None else node)
+        arrays = [node for node in self.places if node is not None]
+        if len(set(arrays)) < len(arrays):
+            twice = next(node for node in arrays if arrays.count(node) > 1)
+            raise RuleError(
+                f"two arrays of the tree have the path {shorten(self.text(twice))!r} (a '/' inside "
+                "a key separates segments too); rename one of the keys"
+            )
         for node in arrays:
-            if self.children[node]:
-                below = next(iter(self.children[node].values()))
+            for below in children[node].values():
                 raise RuleError(
                     f"the tree has an array at {shorten(self.text(node))!r} and another below it, "
                     f"at {shorten(self.text(below))!r}, so no text names the first alone; rename a "
                     "key"
                 )
-
-    def _descend(self, node: int, key: Any) -> int:
-        """The node that one key of a key path leads to, made if it is new."""
-        name = _key_name(key)
-        for segment in name.split("/") if "/" in name else (name,):
-            below = self.children[node]
-            child = below.get(segment)
-            if child is None:
-                child = len(self.names)
-                if below is _CHILDLESS:
-                    below = self.children[node] = {}
-                below[segment] = child
-                self.names.append(segment)
-                self.parents.append(node)
-                self.children.append(_CHILDLESS)
-            node = child
-        return node
 
     def text(self, node: int) -> str:
         """The path of a node, as it is written in a rule."""

@@ -177,13 +177,13 @@ def compile_rules(rules: RulesLike, params: PyTree, *, strict: bool = True) -> P
         >>> rules = [("encoder[:3]", None), ("**/b", 2), ("head", 10)]
         >>> plan = lm.compile_rules(rules, params)
         >>> print(plan)
-        parameters     arrays        size   multiplier   rule
-        ─────────────────────────────────────────────────────────────────
-        encoder[0:3]   6 x various    216       frozen   0: 'encoder[:3]'
-        encoder/3/b    f32[8]           8            2   1: '**/b'
-        encoder/3/w    f32[8,8]        64            1   none
-        head/b         f32[2]           2            2   1: '**/b'
-        head/w         f32[8,2]        16           10   2: 'head'
+        parameters     arrays                      size   multiplier   rule
+        -------------------------------------------------------------------------------
+        encoder[0:3]   3 x f32[8] + 3 x f32[8,8]    216       frozen   0: 'encoder[:3]'
+        encoder/3/b    f32[8]                         8            2   1: '**/b'
+        encoder/3/w    f32[8,8]                      64            1   none
+        head/b         f32[2]                         2            2   1: '**/b'
+        head/w         f32[8,2]                      16           10   2: 'head'
         <BLANKLINE>
         10 arrays, 306 parameters: 90 train, 216 frozen
         >>> plan.multipliers["head"]

@@ -38,7 +38,7 @@ class Family:
         """
         if self._has_gaps and _counts_from_the_end(position):
             raise UnknowablePositionError(
-                f"{show_position(position)} counts from the end of {what}, whose numbers have gaps "
+                f"{show_position(position)} reaches for the end of {what}, whose numbers have gaps "
                 f"({self._numbers()}): what stood there cannot be known; write the number itself, "
                 "or a slice with an end"
             )
@@ -52,10 +52,15 @@ class Family:
             wanted = ()
         found = [name for number, name in sorted(self.members.items()) if number in wanted]
         if not found:
-            verb = "selects nothing" if isinstance(position, Span) else "is out of range"
+            if isinstance(position, Span):
+                seen = f"{show_position(position)} selects nothing"
+            elif 0 <= position <= max(self.members):
+                seen = f"nothing has the number {position}"
+            else:
+                seen = f"{show_position(position)} is out of range"
             raise IndexRangeError(
-                f"{show_position(position)} {verb}: {what} has {len(self.members)} member"
-                f"{'s' * (len(self.members) > 1)}, numbered {self._numbers()}"
+                f"{seen}: {what} has {len(self.members)} member{'s' * (len(self.members) > 1)}, "
+                f"numbered {self._numbers()}"
             )
         return found
 
@@ -141,7 +146,7 @@ def order_of(children: Collection[str], node: str) -> Family:
     if len(children) == 1:
         raise PositionError(
             f"the only child {_below(node)}, {shown}, has no number for a position to count; write "
-            "its name"
+            "its name, or count what is below it"
         )
     raise PositionError(
         f"the children {_below(node)} ({shown}) have unlike names, and a parameter tree's "

@@ -8,7 +8,7 @@ from lrmult._paths import ParamTree
 from lrmult._patterns import Span, escape, show_position
 from lrmult._plan import LeafPlan, Plan
 from lrmult._positions import base_names, split_number
-from lrmult._rules import name_rule
+from lrmult._rules import name_rule, show_multiplier
 
 # numpy's name of a dtype -> the short one that jax prints
 _SHORT = {"float": "f", "bfloat": "bf", "complex": "c", "uint": "u", "int": "i"}
@@ -26,12 +26,14 @@ def render(plan: Plan) -> str:
 
 def table(plan: Plan, tree: ParamTree) -> Any:
     """The table for rich: a row for each group of arrays that share one answer, and totals."""
-    from rich import box
+    from rich.box import Box
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    # Only the third line shows: what is under the heads. ASCII, since a table may go to any file.
+    lines = Box("    \n" * 2 + " -- \n" + "    \n" * 5, ascii=True)
+    shown = Table(box=lines, show_edge=False, pad_edge=False)
     for name in ("parameters", "arrays"):
         shown.add_column(name)
     for name in ("size", "multiplier"):
@@ -46,17 +48,17 @@ def table(plan: Plan, tree: ParamTree) -> Any:
             path,
             _describe([records[leaf] for leaf in leaves]),
             f"{size:,}",
-            f"{first.multiplier:.12g}" if first.multiplier else "frozen",
+            show_multiplier(first.multiplier or None),
             f"{claim.index}: {claim.text.rpartition(' -> ')[0]}" if claim else "none",
         )
         style = "" if first.multiplier else "dim"
         shown.add_row(*(Text(cell, style=style) for cell in cells))
-    lines = [Text(""), Text(_totals(plan))]
+    notes = [Text(""), Text(_totals(plan))]
     claiming = set(plan.claims)
     for index, rule in enumerate(plan.rules):
         if index not in claiming:
-            lines.append(Text(f"{name_rule(index, *rule)} claims nothing here"))
-    return Group(shown, *lines)
+            notes.append(Text(f"{name_rule(index, *rule)} claims nothing here"))
+    return Group(shown, *notes)
 
 
 def _totals(plan: Plan) -> str:
@@ -70,9 +72,13 @@ def _totals(plan: Plan) -> str:
 
 
 def _describe(records: list[LeafPlan]) -> str:
-    kinds = {f"{_dtype(r.dtype)}[{','.join(map(str, r.shape))}]" for r in records}
-    many = f"{len(records)} x " if len(records) > 1 else ""
-    return many + (kinds.pop() if len(kinds) == 1 else "various")
+    kinds: dict[str, int] = {}
+    for record in records:
+        kind = f"{_dtype(record.dtype)}[{','.join(map(str, record.shape))}]"
+        kinds[kind] = kinds.get(kind, 0) + 1
+    if len(kinds) > 2:
+        return f"{len(records)} arrays"
+    return " + ".join(f"{n} x {kind}" if n > 1 else kind for kind, n in kinds.items())
 
 
 def _dtype(dtype: Any) -> str:

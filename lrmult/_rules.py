@@ -181,8 +181,15 @@ def name_rule(index: int, target: Target, multiplier: Any) -> str:
 
 
 def show_rule(target: Target, multiplier: Any) -> str:
-    """A rule in a message."""
-    return f"{show_target(target)} -> {'frozen' if multiplier is None else show(multiplier)}"
+    """A rule in a message or a table."""
+    return f"{show_target(target)} -> {show_multiplier(multiplier)}"
+
+
+def show_multiplier(multiplier: Any) -> str:
+    """A multiplier in a message or a table: ``frozen``, or a number."""
+    if multiplier is None:
+        return "frozen"
+    return f"{multiplier:.12g}" if isinstance(multiplier, float) else show(multiplier)
 
 
 def show_target(target: Target) -> str:

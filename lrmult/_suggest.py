@@ -83,9 +83,12 @@ def _suggestions(target: object, pattern: Pattern, tree: ParamTree) -> list[str]
     kinds += [_below_an_array(pattern, tree)]
     kinds += [_misspelt(each, tree) for each in [*others[:1], pattern]]
     for kind in kinds:
-        texts = dict.fromkeys(show_pattern(near) for near in kind if find(near, tree))
-        if texts:
-            return [repr(shorten(text)) for text in texts]
+        found: dict[tuple[int, ...], str] = {}  # what would match -> how to write it
+        for near in kind:
+            found.setdefault(tuple(find(near, tree)), repr(shorten(show_pattern(near))))
+        found.pop((), None)
+        if found:
+            return list(found.values())
     return []
 
 

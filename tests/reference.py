@@ -3,13 +3,13 @@
 It reads no text: a target is given by its structure, which the tests render to text for the package
 to parse. A structure is a tuple of parts:
 
-* ``Name(glob, at)``: one segment that fits the glob; with a position, the child of that node, or the
-  member of that family, at the position;
+* ``Name(glob, at)``: one segment that fits the glob; with a position, the child of that node at the
+  position, or the member of the family of that name;
 * ``...``: any number of segments;
 * an int or a slice: children by position.
 
-A glob is a tuple of pieces: a literal str, `STAR`, or a list of globs, any of which fits. Instead of
-a structure, a target may be a compiled regular expression or a predicate, as in the package.
+A glob is a tuple of pieces: a literal str, `STAR`, or a list of globs of which any may fit. Instead
+of a structure, a target may be a compiled regular expression or a predicate, as in the package.
 """
 
 import dataclasses
@@ -84,13 +84,15 @@ def fits(glob, text):
     return any(fits(option + rest, text) for option in first)
 
 
-def numbered(node, stem):
+def stem(name):
+    """What stands before the number at the end of a name, if there is one."""
+    return name.rstrip("0123456789")
+
+
+def numbered(node, before):
     """The pairs (number, child) of the children that are named with this stem and a number."""
-    found = [
-        (re.fullmatch("(.*?)([0-9]+)", name, re.DOTALL), node.children[name])
-        for name in node.children
-    ]
-    return [(int(parts[2]), child) for parts, child in found if parts and parts[1] == stem]
+    names = [name for name in node.children if name != before == stem(name)]
+    return [(int(name.removeprefix(before)), node.children[name]) for name in names]
 
 
 def underscored(node, name):
@@ -101,27 +103,23 @@ def underscored(node, name):
     return found
 
 
-def stems(node):
-    """All that may stand before the number in the names of the children."""
-    return {name[:end] for name in node.children for end in range(len(name))}
-
-
 def order(node):
     """The children by number, if all are keyed by ints or named with one stem and a number."""
-    families = [numbered(node, stem) for stem in stems(node)]
+    families = [numbered(node, stem(name)) for name in node.children]
     families += [underscored(node, name) for name in node.children if name]
-    return next((dict(f) for f in families if len(dict(f)) == len(node.children)), None)
+    return next((dict(f) for f in families if len(dict(f)) == len(node.children)), {})
 
 
 def at(numbers, position):
     """The numbers at a position, and whether missing numbers leave that unknown."""
     everything = range(max(numbers) + 1)
-    gaps = min(numbers) > 1 or len(numbers) < max(numbers) + (0 in numbers)
+    gaps = not set(everything[1:]) <= set(numbers)  # counting from 1 leaves no gap at 0
     if not isinstance(position, slice):
         index = position if position >= 0 else position + len(everything)
         return [n for n in numbers if n == index], gaps and position < 0
     start, stop, step = position.start, position.stop, position.step or 1
-    whole = stop is None and (step == 1 and start in (None, 0) or step == -1 and start is None)
+    whole = position in (slice(None), slice(0, None), slice(None, None, 1), slice(0, None, 1))
+    whole = whole or position == slice(None, None, -1)
     open_ended = (stop if step > 0 else start) is None and not whole
     negative = min(start or 0, stop or 0) < 0
     return [n for n in everything[position] if n in numbers], gaps and (open_ended or negative)
@@ -155,21 +153,24 @@ class Match:
                 if fits(part.glob, name):
                     self.find(child, rest)
         else:
-            known = stems(node)
-            for name in {*node.children, *known, *(stem.removesuffix("_") for stem in known)}:
+            known = {stem(name) for name in node.children}
+            for name in {*node.children, *known, *(name.removesuffix("_") for name in known)}:
                 if fits(part.glob, name):
                     self.find_indexed(node, name, part.at, rest)
 
     def find_indexed(self, node, name, position, rest):
-        child, under, plain = node.children.get(name), underscored(node, name), numbered(node, name)
-        under, plain = (under, plain) if name else ([], [])  # ints as keys are no family of a name
+        child = node.children.get(name)
+        under, plain = underscored(node, name), numbered(node, name)
+        if not name:
+            under = plain = []  # children keyed by ints are no family of a name
         members = under or plain
         clear = not (under and plain) and len(dict(members)) == len(members)
-        self.in_hole |= child is not None and child.hole
+        if child:
+            self.in_hole |= child.hole
         if child and order(child):
             self.pick(order(child), position, rest)
         elif child or members:
-            self.pick(dict(members) if clear else None, position, rest)
+            self.pick(dict(members) if clear else {}, position, rest)
 
     def pick(self, numbers, position, rest):
         if not numbers:
@@ -204,9 +205,8 @@ def interpret(rules, tree):
             match = Match(root, target)
             found = [node for node in match.nodes if node.leaf is not None]
             failures, unknowable, forgiven = match.failures, match.unknowable, match.in_hole
-            closing = all(part is ... for part in target) and all(
-                rule[2] for rule in rules[index:][1:]
-            )
+            last = all(optional for _, _, optional in rules[index:][1:])
+            closing = last and all(part is ... for part in target)
         fresh = [leaf for leaf in found if claims[leaf] is None]
         claims.update(dict.fromkeys(fresh, index))
         if unknowable:

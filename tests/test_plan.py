@@ -103,7 +103,7 @@ def test_every_row_of_a_table_is_a_rule():
 
 def test_the_table_names_rules_that_claim_nothing():
     plan = lm.compile_rules(lm.optional([("absent", 2)]) + [("head", 3)], model())
-    assert "rule 0 ('absent' -> 2.0) claims nothing here" in str(plan)
+    assert "rule 0 ('absent' -> 2) claims nothing here" in str(plan)
     assert "rule 1" not in str(plan)
 
 
