@@ -244,9 +244,12 @@ class _Walk:
         if automaton.indexed:
             names = [*names, *itertools.chain.from_iterable(map(base_names, stems(names)))]
         expecting = automaton.expecting(names)
+        unaccepting = ~automaton.accept
         self._arrive(0, automaton.close(automaton.start), ())
         for node, children in enumerate(self.tree.children):
             states = active[node]
+            if not children and not states & automaton.at:
+                continue
             for bit in _bits(states & automaton.at):
                 self._follow(node, None, bit)
             by_name = states & automaton.indexed
@@ -256,7 +259,7 @@ class _Walk:
                         self._follow(node, name, bit)
                 states ^= by_name
             # What stays active below whatever the children are called.
-            lasting = automaton.close(states & automaton.any_depth) & ~automaton.accept
+            lasting = automaton.close(states & automaton.any_depth) & unaccepting
             known = matched[node]
             for name, child in children.items():
                 moving = states & expecting[name]

@@ -4,7 +4,6 @@
 in the package looks at JAX key paths.
 """
 
-import functools
 import itertools
 import sys
 from collections.abc import Iterable, Iterator
@@ -50,33 +49,37 @@ class ParamTree:
         self._read(params)
 
     def _read(self, params: PyTree) -> None:
-        """Fill the lists. A call per leaf is most of what compiling costs, hence the one loop."""
+        """Fill the lists. This loop is most of what compiling rules costs."""
         names, parents, children = self.names, self.parents, self.children
-
-        def descend(node: int, key: Any) -> int:
-            """The node that one key of a key path leads to, made if it is new."""
-            name = _key_name(key)
-            for segment in name.split("/") if "/" in name else (name,):
-                below = children[node]
-                child = below.get(segment)
-                if child is None:
-                    child = len(names)
-                    if below is _CHILDLESS:
-                        below = children[node] = {}
-                    below[segment] = child
-                    names.append(segment)
-                    parents.append(node)
-                    children.append(_CHILDLESS)
-                node = child
-            return node
-
-        reached: dict[KeyPath, int] = {(): 0}
+        previous: KeyPath = ()
+        nodes = [0]  # along the previous path
         for path, value in _flatten(params, _box_types()):
-            above = path[:-1]
-            parent = reached.get(above)
-            if parent is None:
-                parent = reached[above] = functools.reduce(descend, above, 0)
-            node = descend(parent, path[-1]) if path else 0
+            shared = 0
+            for key, before in zip(path, previous, strict=False):
+                if key is not before:  # JAX makes one key for all paths through it
+                    break
+                shared += 1
+            del nodes[shared + 1 :]
+            node = nodes[-1]
+            for key in path[shared:]:
+                field = _FIELDS.get(type(key))
+                name = getattr(key, field) if field else key
+                if type(name) is not str:
+                    name = str(name)
+                for segment in name.split("/") if "/" in name else (name,):
+                    below = children[node]
+                    child = below.get(segment)
+                    if child is None:
+                        child = len(names)
+                        if below is _CHILDLESS:
+                            below = children[node] = {}
+                        below[segment] = child
+                        names.append(segment)
+                        parents.append(node)
+                        children.append(_CHILDLESS)
+                    node = child
+                nodes.append(node)
+            previous = path
             if value is None or type(value) is MaskedNode:
                 self.holes.add(node)
                 continue
@@ -84,6 +87,9 @@ class ParamTree:
             self.shapes.append(shape)
             self.dtypes.append(dtype)
             self.places.append(None if dtype is None else node)
+        self._check_paths()
+
+    def _check_paths(self) -> None:
         arrays = [node for node in self.places if node is not None]
         if len(set(arrays)) < len(arrays):
             twice = next(node for node in arrays if arrays.count(node) > 1)
@@ -91,13 +97,13 @@ class ParamTree:
                 f"two arrays of the tree have the path {shorten(self.text(twice))!r} (a '/' inside "
                 "a key separates segments too); rename one of the keys"
             )
-        for node in arrays:
-            for below in children[node].values():
-                raise RuleError(
-                    f"the tree has an array at {shorten(self.text(node))!r} and another below it, "
-                    f"at {shorten(self.text(below))!r}, so no text names the first alone; rename a "
-                    "key"
-                )
+        for below in filter(None, map(self.children.__getitem__, arrays)):
+            child = next(iter(below.values()))
+            raise RuleError(
+                f"the tree has an array at {shorten(self.text(self.parents[child]))!r} and another "
+                f"below it, at {shorten(self.text(child))!r}, so no text names the first alone; "
+                "rename a key"
+            )
 
     def text(self, node: int) -> str:
         """The path of a node, as it is written in a rule."""
@@ -121,6 +127,13 @@ class ParamTree:
                 yield index, node
 
 
+# Where the keys of a JAX key path say what they are called.
+_FIELDS = {
+    jax.tree_util.DictKey: "key",
+    jax.tree_util.FlattenedIndexKey: "key",
+    jax.tree_util.GetAttrKey: "name",
+    jax.tree_util.SequenceKey: "idx",
+}
 _CHILDLESS: dict[str, int] = {}  # shared by all nodes that have no children, and never written to
 
 
@@ -199,15 +212,3 @@ def _unbox(path: KeyPath, box: Any, boxes: tuple[type, ...]) -> Iterator[tuple[K
         inner = path if owned else (*path, key)
         for below, leaf in _flatten(child, boxes):
             yield (*inner, *below), leaf
-
-
-def _key_name(key: Any) -> str:
-    """What one key of a key path is called."""
-    kind = type(key)
-    if kind is jax.tree_util.DictKey or kind is jax.tree_util.FlattenedIndexKey:
-        key = key.key
-    elif kind is jax.tree_util.GetAttrKey:
-        key = key.name
-    elif kind is jax.tree_util.SequenceKey:
-        key = key.idx
-    return key if type(key) is str else str(key)
