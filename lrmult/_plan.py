@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -17,10 +17,14 @@ from lrmult._rules import Rules, RulesLike, show_rule
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Claim:
-    """A rule that claimed a parameter: its place in the list, and its text."""
+    """A rule that claimed a parameter: its place in the list, and its text. Unpacks as a pair."""
 
     index: int
     text: str
+
+    def __iter__(self) -> Iterator[Any]:
+        yield self.index
+        yield self.text
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

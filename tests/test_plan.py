@@ -55,7 +55,7 @@ def test_the_records_of_a_plan():
     assert (first.path, first.shape, first.dtype) == ("a", (2, 3), jnp.bfloat16)
     assert (first.multiplier, first.trained, first.frozen) == (0.5, 6, 0)
     [claim] = first.rules
-    assert (claim.index, claim.text) == (1, "'a' -> 0.5")
+    assert (claim.index, claim.text) == tuple(claim) == (1, "'a' -> 0.5")
     assert (second.multiplier, second.trained, second.frozen) == (0.0, 0, 4)
     assert (third.multiplier, third.trained, third.frozen) == (2.0, 0, 0)
     assert lm.compile_rules([], {"a": jnp.ones(())}).leaves[0].rules == ()
