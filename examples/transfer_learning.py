@@ -7,7 +7,7 @@ For comparison, the same head is trained as long on frozen trunks that have lear
 
     python examples/transfer_learning.py [--output transfer_learning.png] [--seed 0]
 
-It needs no network, less than a minute of two CPU cores, and ``pip install lrmult[examples]``.
+It needs no network, less than a minute of two CPU cores, and ``pip install -e '.[examples]'``.
 """
 
 import argparse

@@ -15,13 +15,14 @@ from lrmult._errors import (
     UnmatchedRuleError,
 )
 from lrmult._paths import paths
-from lrmult._plan import LeafPlan, Plan, compile_rules, trainable_mask
+from lrmult._plan import Claim, LeafPlan, Plan, compile_rules, trainable_mask
 from lrmult._rules import Rule, Rules, optional
 from lrmult._transform import scale_by_rules
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Claim",
     "IndexRangeError",
     "LeafPlan",
     "LrmultError",

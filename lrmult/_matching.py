@@ -58,19 +58,27 @@ def match(selectors: Sequence[Selector], tree: ParamTree) -> Matches:
     automaton = _Automaton(selectors)
     walk = _Walk(automaton, tree)
     walk.run()
-    for rule, selector in enumerate(selectors):
-        if isinstance(selector, Pattern):
-            continue
-        if tree.holes:  # whether it would match what is not there cannot be asked
-            walk.in_holes.add(rule)
+    others = {r: s for r, s in enumerate(selectors) if not isinstance(s, Pattern)}
+    arrays = [_Asked(tree, index, node) for index, node in tree.arrays()] if others else []
+    for rule, selector in others.items():
         try:
-            for index, node in tree.arrays():
-                if _selects(selector, tree, index, node):
+            for array in arrays:
+                if array.is_selected(selector):
+                    node = array.node
                     walk.matched[node] = walk.merge(walk.matched[node], (rule,))
         except RuleError as error:
             walk.errors[rule] = error
     for node in tree.holes:
-        walk.in_holes.update(automaton.rules_of(walk.active[node]), walk.matched[node])
+        could = {*walk.matched[node], *automaton.rules_of(walk.waiting_in_hole(node))}
+        for rule, selector in others.items():
+            # What a predicate would say of something that is not there cannot be asked.
+            if isinstance(selector, re.Pattern) and node not in tree.masked:
+                if selector.fullmatch(tree.raw_text(node)):
+                    could.add(rule)
+            else:
+                could.add(rule)
+        first = min(walk.matched[node], default=len(selectors))
+        walk.in_holes.update(rule for rule in could if rule <= first)
     return Matches(
         rows=[() if node is None else walk.matched[node] for node in tree.places],
         in_holes=walk.in_holes,
@@ -90,25 +98,33 @@ def find(pattern: Pattern, tree: ParamTree) -> list[int]:
     ]
 
 
-def _selects(selector: Any, tree: ParamTree, index: int, node: int) -> bool:
-    if isinstance(selector, re.Pattern):
-        return selector.fullmatch(tree.raw_text(node)) is not None
-    path = tree.text(node)
-    leaf = jax.ShapeDtypeStruct(tree.shapes[index], tree.dtypes[index])
-    try:
-        answer = selector(path, leaf)
-    except Exception as error:
+class _Asked:
+    """An array, as regular expressions and predicates are asked about it."""
+
+    def __init__(self, tree: ParamTree, index: int, node: int) -> None:
+        self.node = node
+        self._raw_text = tree.raw_text(node)
+        self._path = tree.text(node)
+        self._leaf = jax.ShapeDtypeStruct(tree.shapes[index], tree.dtypes[index])
+
+    def is_selected(self, selector: Any) -> bool:
+        """The answer of a regular expression or a predicate."""
+        if isinstance(selector, re.Pattern):
+            return selector.fullmatch(self._raw_text) is not None
+        try:
+            answer = selector(self._path, self._leaf)
+        except Exception as error:
+            raise RuleError(
+                f"its predicate raised {type(error).__name__} for the array "
+                f"{shorten(self._path)!r}: {shorten(str(error))}; a predicate takes (path: str, "
+                "leaf: jax.ShapeDtypeStruct) and returns a bool"
+            ) from error
+        if isinstance(answer, bool | np.bool_):
+            return bool(answer)
         raise RuleError(
-            f"its predicate raised {type(error).__name__} for the array {shorten(path)!r}: "
-            f"{shorten(str(error))}; a predicate takes (path: str, leaf: jax.ShapeDtypeStruct) and "
-            "returns a bool"
-        ) from error
-    if isinstance(answer, bool | np.bool_):
-        return bool(answer)
-    raise RuleError(
-        f"its predicate returned {show(answer)} for the array {shorten(path)!r}; return True or "
-        "False"
-    )
+            f"its predicate returned {show(answer)} for the array {shorten(self._path)!r}; return "
+            "True or False"
+        )
 
 
 def _bits(states: int) -> Iterator[int]:
@@ -275,6 +291,17 @@ class _Walk:
         self.active[node] = states ^ accepted
         rules = tuple(self.automaton.rules_of(accepted))
         self.matched[node] = self.merge(known, rules) if rules else known
+
+    def waiting_in_hole(self, node: int) -> int:
+        """The states that could go on inside a hole of the tree.
+
+        A None takes the place of one array, as a rule; there those states do not count that wait
+        everywhere below a `**`, or no typo after a `**` would ever show in a tree with a None.
+        """
+        if node in self.tree.masked or not node:
+            return self.active[node]
+        above = self.active[self.tree.parents[node]]
+        return self.active[node] & ~self.automaton.close(above & self.automaton.any_depth)
 
     def merge(self, rules: tuple[int, ...], more: tuple[int, ...]) -> tuple[int, ...]:
         """Both in order; equal results are one object."""

@@ -4,6 +4,7 @@
 in the package looks at JAX key paths.
 """
 
+import collections
 import itertools
 import sys
 from collections.abc import Iterable, Iterator
@@ -32,6 +33,7 @@ class ParamTree:
         parents: per node, the node above it.
         children: per node, the nodes below it by name.
         holes: the nodes where something may have been cut out: ``None``, `optax.MaskedNode`.
+        masked: those of them where that may be a whole subtree: `optax.MaskedNode`.
         places: per leaf, its node; None where the leaf is no array, such as an activation function.
         shapes: per leaf, its shape; `()` where it is no array.
         dtypes: per leaf, its dtype; None where it is no array.
@@ -43,6 +45,7 @@ class ParamTree:
         self.parents: list[int] = [0]
         self.children: list[dict[str, int]] = [{}]
         self.holes: set[int] = set()
+        self.masked: set[int] = set()
         self.places: list[int | None] = []
         self.shapes: list[tuple[int, ...]] = []
         self.dtypes: list[Any] = []
@@ -82,6 +85,8 @@ class ParamTree:
             previous = path
             if value is None or type(value) is MaskedNode:
                 self.holes.add(node)
+                if value is not None:
+                    self.masked.add(node)
                 continue
             shape, dtype = shape_and_dtype(value)
             self.shapes.append(shape)
@@ -92,7 +97,7 @@ class ParamTree:
     def _check_paths(self) -> None:
         arrays = [node for node in self.places if node is not None]
         if len(set(arrays)) < len(arrays):
-            twice = next(node for node in arrays if arrays.count(node) > 1)
+            [(twice, _)] = collections.Counter(arrays).most_common(1)
             raise RuleError(
                 f"two arrays of the tree have the path {shorten(self.text(twice))!r} (a '/' inside "
                 "a key separates segments too); rename one of the keys"
@@ -206,7 +211,11 @@ def _flatten(tree: PyTree, boxes: tuple[type, ...]) -> Iterable[tuple[KeyPath, A
 
 def _unbox(path: KeyPath, box: Any, boxes: tuple[type, ...]) -> Iterator[tuple[KeyPath, Any]]:
     children = jax.tree_util.tree_flatten_with_path(box, is_leaf=lambda node: node is not box)[0]
-    for (key, *_), child in children:
+    for keys, child in children:
+        if not keys:  # a box that JAX does not know
+            yield path, child
+            continue
+        [key] = keys
         # Only the attribute of a box is dropped: attention has a real layer called "value".
         owned = isinstance(key, jax.tree_util.GetAttrKey) and key.name == "value"
         inner = path if owned else (*path, key)

@@ -146,12 +146,14 @@ def compile_rules(rules: RulesLike, params: PyTree, *, strict: bool = True) -> P
     For each array the first rule that matches gives the multiplier of its learning rate; it is 1 if
     none does. Only the paths, shapes and dtypes of the arrays are looked at, so shapes are enough
     (`jax.eval_shape`) and no device does any work. The time is linear in the number of arrays,
-    whatever the number of rules.
+    whatever the number of rules, but for regular expressions and predicates: each of those is asked
+    about every array.
 
     A rule that does nothing is a mistake, and an error: one that matches nothing, and one all of
     whose matches earlier rules have claimed. Passed over without an error are a closing ``...`` or
-    ``"**"``, rules marked with `optional`, and rules that could match inside a hole of the tree
-    (``None``, `optax.MaskedNode`).
+    ``"**"``, rules marked with `optional`, and rules that could match inside a hole of the tree:
+    anything below an `optax.MaskedNode`; at a ``None``, which mostly stands for one array, not what
+    waits below a ``**``.
 
     Args:
         rules: see `Rules`.
@@ -207,7 +209,8 @@ def trainable_mask(rules: RulesLike, *, strict: bool = True) -> Callable[[PyTree
     """Make a function from parameters to `Plan.trainable`.
 
     For arguments that take a mask or a function that makes one, such as those of `optax.masked` and
-    ``optax.adamw(mask=...)``.
+    ``optax.adamw(mask=...)``. (`optax.inject_hyperparams` takes every function for a schedule; name
+    the argument in its ``static_args``.)
 
     Args:
         rules: see `Rules`.
@@ -215,6 +218,10 @@ def trainable_mask(rules: RulesLike, *, strict: bool = True) -> Callable[[PyTree
 
     Returns:
         A function of a parameter tree that returns a tree of Python bools.
+
+    Raises:
+        LrmultError: at once if a rule cannot be read; from the function what `compile_rules`
+            raises.
 
     Example:
         >>> import jax.numpy as jnp
@@ -233,7 +240,7 @@ def trainable_mask(rules: RulesLike, *, strict: bool = True) -> Callable[[PyTree
 def cached_plan(rules: Rules, params: PyTree, strict: bool) -> Plan:
     """The plan for a tree, from a cache that all callers share.
 
-    A plan depends on nothing but the arguments of `_plan_of`, and keeps no array alive.
+    A plan depends on nothing but the arguments of `_plan_of`, and holds no array of the tree.
     """
     leaves, treedef = jax.tree.flatten(params)
     specs = tuple([shape_and_dtype(leaf) for leaf in leaves])

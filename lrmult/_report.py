@@ -45,7 +45,7 @@ def table(plan: Plan, tree: ParamTree) -> Any:
         size = sum(records[leaf].trained + records[leaf].frozen for leaf in leaves)
         claim = first.rules[0] if first.rules else None
         cells = (
-            path,
+            path if path.isprintable() else repr(path)[1:-1],
             _describe([records[leaf] for leaf in leaves]),
             f"{size:,}",
             show_multiplier(first.multiplier or None),

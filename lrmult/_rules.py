@@ -1,6 +1,7 @@
 """Rules: what to say, and how it is read."""
 
 import dataclasses
+import functools
 import math
 import numbers
 import re
@@ -47,14 +48,27 @@ class Rule:
         multiplier: a finite float, or None for frozen (a multiplier of 0 becomes None).
         optional: whether the rule may claim nothing.
         selector: the target as it was understood.
+        text: the target as messages show it.
+
+    Raises:
+        PatternError: if the target cannot be read.
+        MultiplierError: if the multiplier is not a finite number or None.
+
+    Example:
+        >>> import lrmult as lm
+        >>> target, multiplier = lm.Rule("encoder/layers[:4]", 0)
+        >>> print(target, multiplier)
+        encoder/layers[:4] None
     """
 
-    target: Target = dataclasses.field(compare=False)
+    target: Target = dataclasses.field(compare=False)  # a slice in it could not be hashed
     multiplier: Multiplier
     optional: bool = False
     selector: Selector = dataclasses.field(init=False)
+    text: str = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "text", show_target(self.target))
         object.__setattr__(self, "selector", _read_target(self.target))
         object.__setattr__(self, "multiplier", _read_multiplier(self.multiplier))
 
@@ -86,7 +100,8 @@ class Rules(Sequence[Rule]):
         * ``2``, ``-1``, ``slice(0, 4)``: children of the root by position;
         * ``re.compile(r".*/kernel")``: matched against the whole path of an array;
         * ``lambda path, leaf: leaf.ndim == 1``: a predicate of an array's path, as `paths` lists
-          it, and its `jax.ShapeDtypeStruct`;
+          it, and its `jax.ShapeDtypeStruct`. Its answers are cached, so it must depend on nothing
+          else;
         * ``...`` or ``"**"``: everything.
 
     Multipliers:
@@ -164,6 +179,9 @@ def optional(rules: RulesLike) -> Rules:
 
     Returns:
         The same rules, optional.
+
+    Raises:
+        RuleError: as `Rules` does.
 
     Example:
         >>> import jax.numpy as jnp
@@ -243,6 +261,8 @@ def _read_rules(rules: Any) -> Iterator[Rule]:
 
 def _looks_like_one_rule(rules: Any) -> bool:
     """Whether a pair was passed where a list of pairs is meant."""
+    if isinstance(rules, Rule):
+        return True
     if not isinstance(rules, tuple | list) or len(rules) != 2:
         return False
     target, multiplier = rules
@@ -297,13 +317,13 @@ def _misplaced(target: Any, multiplier: Any) -> str | None:
 def _read_multiplier(value: Any) -> Multiplier:
     if value is None:
         return None
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
     if isinstance(value, bool | np.bool_):
         raise MultiplierError(
             f"{value!r} is no multiplier; write 1 for what trains at the full rate, or None for "
             "what is frozen"
         )
-    if isinstance(value, np.ndarray) and value.ndim == 0:
-        value = value[()]
     if not isinstance(value, numbers.Real):
         raise MultiplierError(_wrong_multiplier(value))
     try:
@@ -314,6 +334,8 @@ def _read_multiplier(value: Any) -> Multiplier:
         raise MultiplierError(
             f"{show(value)} is not finite; write a finite number, or None for what is frozen"
         )
+    if number == 0 and value != 0:
+        raise MultiplierError(f"{show(value)} is too small for a float; write None for frozen")
     return number or None
 
 
@@ -355,7 +377,8 @@ def _read_target(target: Any) -> Selector:
         return Pattern((At(position_from_python(target)),))
     if callable(target) and not isinstance(target, type):
         # A module of Equinox or NNX is callable too, but it is a tree of arrays.
-        if not any(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(target)):
+        is_partial = isinstance(target, functools.partial)
+        if is_partial or not any(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(target)):
             return cast(Predicate, target)
         raise PatternError(
             f"a module ({type(target).__name__}) is no target; write its path, as "

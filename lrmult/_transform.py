@@ -35,7 +35,8 @@ def scale_by_rules(
     while JAX traces it, and the plan is cached; ``init`` resolves them too, so that a mistake shows
     before the first step. It therefore works below `optax.masked`, `optax.partition`,
     `optax.MultiSteps`, `optax.inject_hyperparams`, and in `flax.nnx.Optimizer`, where ``init`` and
-    ``update`` see different trees.
+    ``update`` see different trees. A predicate sees the dtypes of the tree at hand: those of the
+    parameters in ``init``, those of the updates in ``update``.
 
     Args:
         rules: see `Rules`.
@@ -122,4 +123,4 @@ _times_eagerly = jax.jit(_times)
 def _no_update_eagerly(update: Any) -> Any:
     # The result must hang on the update, or a sharded one would give a replicated result.
     zeros = _no_update(update)
-    return jnp.where(update == update, zeros, zeros)
+    return jnp.where(jax.lax.optimization_barrier(update) == update, zeros, zeros)

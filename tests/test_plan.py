@@ -1,6 +1,7 @@
 """`Plan`: its trees, its records and its table."""
 
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -147,6 +148,36 @@ def test_holes_forgive_only_what_could_be_in_them():
             lm.compile_rules(rules, params)
     with pytest.raises(lm.ShadowedRuleError):
         lm.compile_rules([("a/x", 1), ("*/x", 2), ("b", 1)], params | {"b": jnp.ones(1)})
+
+
+def test_a_none_forgives_no_typo():
+    params = {"layers": [{"weight": jnp.ones(1), "bias": None}], "activation": None}
+    for rules in (
+        [("**/weigth", 1)],
+        [("layers/**/weigth", 1)],
+        [(re.compile(".*/weigth"), 1)],
+    ):
+        with pytest.raises(lm.UnmatchedRuleError):
+            lm.compile_rules(rules, params)
+    with pytest.raises(lm.ShadowedRuleError):
+        lm.compile_rules([(..., None), ("**/bias", 1), ("activation", 2)], params)
+    with pytest.raises(lm.ShadowedRuleError):
+        lm.compile_rules([(..., None), ("**/weight", 2)], params)
+    for rules in ([("**/bias", 1)], [(re.compile(".*/bias"), 1)], [("layers/*/bias", 1)]):
+        lm.compile_rules(rules, params)
+    lm.compile_rules([("layers/**/weigth", 1)], {"layers": optax.MaskedNode(), "b": jnp.ones(1)})
+    lm.compile_rules([("layers/**/weight", 1)], {"layers": None, "b": jnp.ones(1)})
+
+
+def test_predicates_see_the_path_as_it_is_listed():
+    params = {"gain*": jnp.ones(1), "b": jnp.ones(2)}
+    plan = lm.compile_rules(
+        [(lambda path, leaf: path == "gain\\*" and leaf.shape == (1,), 2)], params
+    )
+    assert plan.multipliers == {"gain*": 2.0, "b": 1.0}
+    asked = []
+    lm.compile_rules([(lambda path, leaf: not asked.append(path), 2)], params)
+    assert asked == lm.paths(params)
 
 
 def test_none_counts_as_a_child():

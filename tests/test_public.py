@@ -29,6 +29,7 @@ ORDER = (
 
 def test_the_public_names():
     assert sorted(lm.__all__) == [
+        "Claim",
         "IndexRangeError",
         "LeafPlan",
         "LrmultError",

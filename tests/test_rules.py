@@ -85,10 +85,12 @@ def test_the_repr_is_source(rules):
     assert eval(repr(rules), names) == rules
 
 
-def test_equal_targets_make_equal_rules():
-    assert lm.Rule(..., 1) == lm.Rule("**", 1) == lm.Rule((...,), 1)
-    assert lm.Rule(("a", 2), 1) == lm.Rule("a[2]", 1)
+def test_rules_are_equal_if_they_are_written_alike():
+    assert lm.Rule(("a", slice(2)), 1) == lm.Rule(("a", slice(2)), 1.0)
+    assert lm.Rule("a", None) == lm.Rule("a", 0)
+    assert lm.Rule(..., 1) != lm.Rule("**", 1)  # messages show what was written
     assert lm.Rule("a{b,c}", 1) != lm.Rule("a", 1)
+    assert lm.Rule("a", 2) != lm.Rule("a", 1)
     assert lm.Rule("a", 1) != lm.Rule("a", 1, optional=True)
 
 

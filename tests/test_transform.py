@@ -1,6 +1,9 @@
 """`scale_by_rules`: frozen bits, scaled rates, dtypes, and every wrapper of optax."""
 
 import functools
+import os
+import subprocess
+import sys
 
 import chex
 import jax
@@ -432,7 +435,70 @@ def test_the_plan_is_cached_across_instances():
         lm.scale_by_rules(rules).update(other, optax.EmptyState())
 
 
-def test_eager_updates_stay_sharded_like_the_gradient():
+def test_the_cache_tells_strict_from_not_and_dtypes_apart():
+    params = {"cached": jnp.ones((3, 1, 7))}
+    rules = lm.Rules([("cahced", 2)])
+    with pytest.warns(UserWarning, match="did you mean 'cached'"):
+        lm.scale_by_rules(rules, strict=False).init(params)
+    with pytest.raises(lm.UnmatchedRuleError):
+        lm.scale_by_rules(rules).init(params)
+
+    halve = lm.scale_by_rules([(lambda path, leaf: leaf.dtype == jnp.bfloat16, 0.5), (..., 1)])
+    for dtype, wanted in ((jnp.bfloat16, 0.5), (jnp.float32, 1.0)):
+        if dtype == jnp.float32:
+            with pytest.raises(lm.UnmatchedRuleError):
+                halve.update(jnp.ones(5, dtype), optax.EmptyState())
+            continue
+        out, _ = halve.update(jnp.ones(5, dtype), optax.EmptyState())
+        assert out[0] == wanted
+
+
+SHARDED = """
+import jax, jax.numpy as jnp, optax, lrmult as lm
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+for kind in (AxisType.Auto, AxisType.Explicit):
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(kind,))
+    sharding = NamedSharding(mesh, P("x", None))
+    floats = {n: jnp.ones((8, 2)) for n in ("frozen", "scaled", "free")}
+    ints = {"int": jnp.ones((8, 2), jnp.int32), "bool": jnp.ones((8, 2), bool)}
+    grads = jax.device_put(floats | ints, sharding)
+    rules = [("frozen", None), ("scaled", 0.5), ("int", None), ("bool", None)]
+    tx = lm.scale_by_rules(rules)
+    with jax.set_mesh(mesh):
+        for update in (tx.update, jax.jit(tx.update)):
+            out, _ = update(grads, optax.EmptyState())
+            for name, leaf in out.items():
+                if update is tx.update or name not in ("frozen", "int", "bool"):
+                    assert leaf.sharding.is_equivalent_to(sharding, 2), (kind, name, leaf.sharding)
+        params = jax.device_put(floats, sharding)
+        chain = optax.chain(optax.adamw(0.1), lm.scale_by_rules(rules[:2]))
+        def step(params, state):
+            updates, state = chain.update(params, state, params)
+            return optax.apply_updates(params, updates), state
+        lowered = jax.jit(step).lower(params, chain.init(params))
+        text = lowered.compile().as_text()
+        for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
+            assert collective not in text, (kind, collective)
+print("sharded as before")
+"""
+
+
+def test_sharding_is_kept_and_no_collective_is_added():
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED], env=os.environ | flags, capture_output=True, text=True
+    )
+    assert done.stdout == "sharded as before\n", done.stderr
+
+
+def test_no_constant_of_the_size_of_a_leaf_is_lowered():
+    grads = {"frozen": jnp.ones((256, 256)), "slow": jnp.ones((256, 256))}
+    tx = lm.scale_by_rules([("frozen", None), ("slow", 0.1)])
+    text = jax.jit(tx.update).lower(grads, optax.EmptyState()).as_text()
+    assert len(text) < 4000
+
+
+def test_eager_updates_stay_on_one_device():
     mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
     grads = jax.device_put({"a": jnp.ones((4, 2)), "b": jnp.ones((4, 2))}, sharding)
