@@ -69,16 +69,13 @@ def match(selectors: Sequence[Selector], tree: ParamTree) -> Matches:
         except RuleError as error:
             walk.errors[rule] = error
     for node in tree.holes:
-        could = {*walk.matched[node], *automaton.rules_of(walk.waiting_in_hole(node))}
+        walk.in_holes.update(walk.matched[node], automaton.rules_of(walk.waiting_in_hole(node)))
         for rule, selector in others.items():
-            # What a predicate would say of something that is not there cannot be asked.
-            if isinstance(selector, re.Pattern) and node not in tree.masked:
+            if isinstance(selector, re.Pattern) and node not in tree.cut:
                 if selector.fullmatch(tree.raw_text(node)):
-                    could.add(rule)
-            else:
-                could.add(rule)
-        first = min(walk.matched[node], default=len(selectors))
-        walk.in_holes.update(rule for rule in could if rule <= first)
+                    walk.in_holes.add(rule)
+            else:  # what it would say of something that is not there cannot be asked
+                walk.in_holes.add(rule)
     return Matches(
         rows=[() if node is None else walk.matched[node] for node in tree.places],
         in_holes=walk.in_holes,
@@ -295,10 +292,10 @@ class _Walk:
     def waiting_in_hole(self, node: int) -> int:
         """The states that could go on inside a hole of the tree.
 
-        A None takes the place of one array, as a rule; there those states do not count that wait
-        everywhere below a `**`, or no typo after a `**` would ever show in a tree with a None.
+        Where a hole stands for one array, those do not count that wait everywhere below a `**`:
+        no typo after a `**` would ever show in a module with a None.
         """
-        if node in self.tree.masked or not node:
+        if node in self.tree.cut:
             return self.active[node]
         above = self.active[self.tree.parents[node]]
         return self.active[node] & ~self.automaton.close(above & self.automaton.any_depth)

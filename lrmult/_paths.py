@@ -33,7 +33,8 @@ class ParamTree:
         parents: per node, the node above it.
         children: per node, the nodes below it by name.
         holes: the nodes where something may have been cut out: ``None``, `optax.MaskedNode`.
-        masked: those of them where that may be a whole subtree: `optax.MaskedNode`.
+        cut: those of them where that may be a whole subtree, not only one array. A ``None`` in the
+            field of a module is one array: Equinox filters leaf by leaf.
         places: per leaf, its node; None where the leaf is no array, such as an activation function.
         shapes: per leaf, its shape; `()` where it is no array.
         dtypes: per leaf, its dtype; None where it is no array.
@@ -45,7 +46,7 @@ class ParamTree:
         self.parents: list[int] = [0]
         self.children: list[dict[str, int]] = [{}]
         self.holes: set[int] = set()
-        self.masked: set[int] = set()
+        self.cut: set[int] = set()
         self.places: list[int | None] = []
         self.shapes: list[tuple[int, ...]] = []
         self.dtypes: list[Any] = []
@@ -85,8 +86,8 @@ class ParamTree:
             previous = path
             if value is None or type(value) is MaskedNode:
                 self.holes.add(node)
-                if value is not None:
-                    self.masked.add(node)
+                if value is not None or not path or type(path[-1]) is not jax.tree_util.GetAttrKey:
+                    self.cut.add(node)
                 continue
             shape, dtype = shape_and_dtype(value)
             self.shapes.append(shape)

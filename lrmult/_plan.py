@@ -151,9 +151,8 @@ def compile_rules(rules: RulesLike, params: PyTree, *, strict: bool = True) -> P
 
     A rule that does nothing is a mistake, and an error: one that matches nothing, and one all of
     whose matches earlier rules have claimed. Passed over without an error are a closing ``...`` or
-    ``"**"``, rules marked with `optional`, and rules that could match inside a hole of the tree:
-    anything below an `optax.MaskedNode`; at a ``None``, which mostly stands for one array, not what
-    waits below a ``**``.
+    ``"**"``, rules marked with `optional`, and rules that could match inside a hole of the tree
+    (`optax.MaskedNode`, ``None``). A ``None`` in the field of a module is a hole of one array.
 
     Args:
         rules: see `Rules`.
