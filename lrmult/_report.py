@@ -49,7 +49,7 @@ def table(plan: Plan, tree: ParamTree) -> Any:
             _describe([records[leaf] for leaf in leaves]),
             f"{size:,}",
             show_multiplier(first.multiplier or None),
-            f"{claim.index}: {claim.text.rpartition(' -> ')[0]}" if claim else "none",
+            f"{claim.index}: {plan.rules[claim.index].text}" if claim else "none",
         )
         style = "" if first.multiplier else "dim"
         shown.add_row(*(Text(cell, style=style) for cell in cells))
