@@ -76,7 +76,10 @@ def families(draw, children):
     )
     tree = {f"{stem}{number}": draw(children) for number in numbers}
     if draw(st.booleans()):
-        tree[draw(st.sampled_from([stem.rstrip("_"), "a", "bias"]))] = draw(children)
+        # The bare name, the same name numbered in the other way, or another name.
+        name = stem.rstrip("_")
+        other = f"{name}1" if stem != name else f"{name}_1"
+        tree[draw(st.sampled_from([name, name, other, "bias"]))] = draw(children)
     return tree
 
 
@@ -263,6 +266,9 @@ def rule_lists(draw, root, max_size=4):
         kind = draw(st.integers(0, 9))
         if kind == 0:
             target = text = draw(others)
+        elif kind == 2 and structured and isinstance(structured[-1][0], tuple):
+            target = structured[-1][0]  # for once a rule that can never apply
+            text = draw(rendered(target))
         else:
             target = (...,) if kind == 1 else draw(structures(root))
             text = draw(rendered(target))
@@ -346,7 +352,7 @@ def expansions(glob):
     return math.prod(sum(map(expansions, options)) for options in lists)
 
 
-@cases(400)
+@cases(250)
 @given(
     st.lists(st.text("ab,*\\{\0\n", max_size=5), min_size=1, max_size=12, unique=True),
     st.lists(free_globs(2).filter(lambda g: expansions(g) <= 1000), min_size=1, max_size=4),
@@ -370,7 +376,11 @@ EVERY_POSITION += [
 ]
 
 
-@cases(40)
+def twice(text):
+    return [*lm.optional([(text, None)]), (text, 2)]
+
+
+@cases(25)
 @given(trees, st.data())
 def test_every_position_agrees_with_the_interpreter(tree, data):
     root = known(tree)
@@ -381,8 +391,12 @@ def test_every_position_agrees_with_the_interpreter(tree, data):
     if path:
         name = data.draw(st.sampled_from([path[-1], re.sub("_?[0-9]+$", "", path[-1])]))
         targets += [(*parts[:-1], Name((name,), position)) for position in EVERY_POSITION]
+    else:
+        targets += [(..., position) for position in EVERY_POSITION]
     for target in targets:
-        check_list([(target, None, False)], [(data.draw(rendered(target)), None)], tree)
+        text = data.draw(rendered(target))
+        check_list([(target, None, False)], [(text, None)], tree)
+        check_list([(target, None, True), (target, 2, False)], twice(text), tree)
 
 
 # --- paths ---------------------------------------------------------------------------------------
