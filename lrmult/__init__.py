@@ -5,8 +5,10 @@ say, `compile_rules` makes a `Plan` of them, and `scale_by_rules` applies them a
 """
 
 from lrmult._errors import (
+    AxisError,
     IndexRangeError,
     LrmultError,
+    MaskError,
     MultiplierError,
     PatternError,
     PositionError,
@@ -14,19 +16,25 @@ from lrmult._errors import (
     ShadowedRuleError,
     UnmatchedRuleError,
 )
+from lrmult._parts import Parts
 from lrmult._paths import paths
 from lrmult._plan import Claim, LeafPlan, Plan, compile_rules, trainable_mask
 from lrmult._rules import Rule, Rules, optional
+from lrmult._structure import Structure
+from lrmult._targets import along, elements, neurons, rows
 from lrmult._transform import scale_by_rules
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AxisError",
     "Claim",
     "IndexRangeError",
     "LeafPlan",
     "LrmultError",
+    "MaskError",
     "MultiplierError",
+    "Parts",
     "PatternError",
     "Plan",
     "PositionError",
@@ -34,10 +42,15 @@ __all__ = [
     "RuleError",
     "Rules",
     "ShadowedRuleError",
+    "Structure",
     "UnmatchedRuleError",
+    "along",
     "compile_rules",
+    "elements",
+    "neurons",
     "optional",
     "paths",
+    "rows",
     "scale_by_rules",
     "trainable_mask",
 ]

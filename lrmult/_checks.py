@@ -1,8 +1,8 @@
 """The strict checks: a rule that says nothing, or can never be heard, is a mistake."""
 
+from lrmult._claims import Matched, Pieces
 from lrmult._errors import (
     IndexRangeError,
-    LrmultError,
     ShadowedRuleError,
     UnmatchedRuleError,
     shorten,
@@ -14,22 +14,41 @@ from lrmult._rules import Rule, Rules, name_rule
 from lrmult._suggest import explain_unmatched
 
 
-def check(rules: Rules, tree: ParamTree, matches: Matches, *, strict: bool) -> list[str]:
+def check(
+    rules: Rules,
+    tree: ParamTree,
+    matches: Matches,
+    matched: Matched,
+    claims: list[Pieces],
+    *,
+    strict: bool,
+) -> list[str]:
     """Raise for the first rule that is a mistake; if not strict, return what to warn of instead.
 
     Raises:
         PositionError: if what a position means cannot be told, or nothing stands there.
+        AxisError: if the part that a rule names lies along an axis that is not there or not known.
+        MaskError: if a mask does not fit.
         RuleError: if a predicate failed.
         UnmatchedRuleError: if a rule matches nothing.
         ShadowedRuleError: if earlier rules claim all that a rule matches.
     """
-    rows = set(matches.rows)
-    matched = {rule for row in rows for rule in row}
-    claiming = {row[0] for row in rows if row}
+    matching = {rule for row in set(matched.rows) for rule in row}
+    claiming = {piece.rule for pieces in set(claims) for piece in pieces}
     warnings = []
     for index, rule in enumerate(rules):
-        error = _mistake(index, rules, tree, matches, matched, claiming)
-        if error is None:
+        error = matches.errors.get(index, matched.errors.get(index))
+        passed = index in claiming or index in matches.in_holes or _closes(index, rules)
+        if error is None and not passed:
+            if index not in matching:
+                error = matched.nothing.get(index, matches.unresolved.get(index))
+            if error is None and not rule.optional:
+                error = (
+                    ShadowedRuleError(_explain_shadowed(index, rules, tree, matched, claims))
+                    if index in matching
+                    else UnmatchedRuleError(explain_unmatched(rule, tree))
+                )
+        if error is None or (rule.optional and isinstance(error, _FORGIVEN)):
             continue
         message = f"{_name(index, rule)}: {error}"
         if strict or not isinstance(error, UnmatchedRuleError | ShadowedRuleError):
@@ -38,54 +57,42 @@ def check(rules: Rules, tree: ParamTree, matches: Matches, *, strict: bool) -> l
     return warnings
 
 
+_FORGIVEN = (UnmatchedRuleError, IndexRangeError)  # of an optional rule
+
+
 def _name(index: int, rule: Rule) -> str:
     return name_rule(index, rule.target, rule.multiplier)
 
 
-def _mistake(
-    index: int,
-    rules: Rules,
-    tree: ParamTree,
-    matches: Matches,
-    matched: set[int],
-    claiming: set[int],
-) -> LrmultError | None:
-    rule = rules[index]
-    if index in matches.errors:
-        return matches.errors[index]
-    if index in claiming or index in matches.in_holes or _closes(index, rules):
-        return None
-    unresolved = matches.unresolved.get(index)
-    if index not in matched and unresolved is not None:
-        forgiven = rule.optional and isinstance(unresolved, IndexRangeError)
-        return None if forgiven else unresolved
-    if rule.optional:
-        return None
-    if index in matched:
-        return ShadowedRuleError(_explain_shadowed(index, rules, tree, matches))
-    return UnmatchedRuleError(explain_unmatched(rule, tree))
-
-
 def _closes(index: int, rules: Rules) -> bool:
     """Whether the rule is a catch-all with no other rule of the user's after it."""
-    selector = rules[index].selector
+    rule = rules[index]
     return (
-        isinstance(selector, Pattern)
-        and selector.is_everything
+        isinstance(rule.selector, Pattern)
+        and rule.selector.is_everything
+        and not rule.restrictions
         and all(later.optional for later in rules[index + 1 :])
     )
 
 
-def _explain_shadowed(index: int, rules: Rules, tree: ParamTree, matches: Matches) -> str:
-    lost = {leaf for leaf, row in enumerate(matches.rows) if index in row}
-    winners = sorted({matches.rows[leaf][0] for leaf in lost})
+def _explain_shadowed(
+    index: int, rules: Rules, tree: ParamTree, matched: Matched, claims: list[Pieces]
+) -> str:
+    lost = {leaf for leaf, row in enumerate(matched.rows) if index in row}
+    winners = sorted({rule for leaf in lost for rule in matched.holders(leaf, index, claims[leaf])})
     # Moving the rule up helps only if it leaves something to each of those that it then precedes.
-    left = {row[0] for leaf, row in enumerate(matches.rows) if row and leaf not in lost}
+    left = {piece.rule for leaf, row in enumerate(claims) if leaf not in lost for piece in row}
+    for leaf in lost:
+        row = (index, *(rule for rule in matched.rows[leaf] if rule != index))
+        left.update(piece.rule for piece in matched.first_match(leaf, row))
     named = [_name(winner, rules[winner]) for winner in winners[:2]]
     if len(winners) > 2:
         named.append(f"{len(winners) - 2} more")
     example = shorten(tree.text(tree.places[min(lost)] or 0))
     what = f"all {len(lost)} arrays that it matches" if len(lost) > 1 else "all that it matches"
+    if any(not matched.regions(leaf, index)[0].is_whole for leaf in lost):
+        what = "every element that it names"
+        lost = {min(lost)}
     if left.issuperset(winners):
         remedy = f"put it before rule {winners[0]}, or remove it"
     elif len(winners) == 1:

@@ -36,6 +36,14 @@ class IndexRangeError(PositionError):
     """A position or an index that lies outside what is there."""
 
 
+class AxisError(LrmultError):
+    """An axis that an array does not have, or an output axis that is not known."""
+
+
+class MaskError(LrmultError):
+    """An element mask, or a boolean index, of another shape or dtype than the part it is for."""
+
+
 def shorten(text: str, most: int = 80) -> str:
     """One line of at most that many characters."""
     line = " ".join(text.split()) if "\n" in text else text

@@ -1,20 +1,15 @@
-"""Which rules match which arrays: all rules at once, in one walk over the tree.
+"""Which rules match which arrays: all rules at once, in one walk over the tree."""
 
-The steps of all patterns are states of one nondeterministic automaton, and a set of states is the
-bits of one Python int (the Shift-And method of Baeza-Yates and Gonnet, 1992). Moving down by one
-segment costs a few operations on such ints, whatever the number of rules.
-"""
-
-import bisect
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from lrmult._automaton import Automaton, bits
 from lrmult._errors import (
     IndexRangeError,
     LrmultError,
@@ -24,7 +19,7 @@ from lrmult._errors import (
     show,
 )
 from lrmult._paths import ParamTree
-from lrmult._patterns import At, Glob, Indexed, Names, Pattern, Position, Step
+from lrmult._patterns import Pattern
 from lrmult._positions import (
     Family,
     UnknowablePositionError,
@@ -33,7 +28,8 @@ from lrmult._positions import (
     order_of,
     stems,
 )
-from lrmult._rules import Selector
+from lrmult._regions import Region, boxes
+from lrmult._targets import Selector
 
 
 @dataclasses.dataclass
@@ -41,13 +37,16 @@ class Matches:
     """What the rules of a list match in a tree.
 
     Attributes:
-        rows: per leaf of the tree, the indices of the rules that match it, in order.
+        rows: per leaf of the tree, the indices of the rules that match it or part of it, in order.
+        slices: by leaf and rule, the parts that a rule matches, where positions lead it to some
+            layers of a stack only.
         in_holes: the rules that could match inside a hole of the tree.
         unresolved: per rule, a position in it that names nothing at some place.
         errors: per rule, why what it matches cannot be told.
     """
 
     rows: list[tuple[int, ...]]
+    slices: dict[tuple[int, int], list[Region]]
     in_holes: set[int]
     unresolved: dict[int, PositionError]
     errors: dict[int, LrmultError]
@@ -55,7 +54,7 @@ class Matches:
 
 def match(selectors: Sequence[Selector], tree: ParamTree) -> Matches:
     """Match every rule against every array of a tree."""
-    automaton = _Automaton(selectors)
+    automaton = Automaton(selectors)
     walk = _Walk(automaton, tree)
     walk.run()
     others = {r: s for r, s in enumerate(selectors) if not isinstance(s, Pattern)}
@@ -71,22 +70,46 @@ def match(selectors: Sequence[Selector], tree: ParamTree) -> Matches:
     for node in tree.holes:
         walk.in_holes.update(walk.matched[node], automaton.rules_of(walk.waiting_in_hole(node)))
         for rule, selector in others.items():
-            if isinstance(selector, re.Pattern) and node not in tree.cut:
+            if isinstance(selector, re.Pattern) and node not in tree.cut and node in tree.nodes:
                 if selector.fullmatch(tree.raw_text(node)):
                     walk.in_holes.add(rule)
             else:  # what it would say of something that is not there cannot be asked
                 walk.in_holes.add(rule)
+    rows = [() if node is None else walk.matched[node] for node in tree.places]
+    slices: dict[tuple[int, int], list[Region]] = {}
+    for leaf in tree.slices:
+        found = _slices(leaf, walk.matched, tree)
+        slices |= {(leaf, rule): regions for rule, regions in found.items()}
+        rows[leaf] = walk.merge(rows[leaf], tuple(sorted(found)))
     return Matches(
-        rows=[() if node is None else walk.matched[node] for node in tree.places],
+        rows=rows,
+        slices=slices,
         in_holes=walk.in_holes,
         unresolved=walk.unresolved,
         errors=walk.errors,
     )
 
 
+def _slices(
+    leaf: int, matched: Sequence[tuple[int, ...]], tree: ParamTree
+) -> dict[int, list[Region]]:
+    """The parts of an array, by rule, that rules match only as layers of a stack."""
+    copies = tree.slices[leaf]
+    whole = matched[tree.places[leaf] or 0]
+    axes = sorted({axis for at in copies.values() for axis in at})
+    grids: dict[int, Any] = {}
+    for node, at in copies.items():
+        for rule in matched[node]:
+            if rule not in whole:
+                sizes = [tree.shapes[leaf][axis] for axis in axes]
+                grid = grids.setdefault(rule, np.zeros(sizes, np.bool_))
+                grid[tuple(at.get(axis, slice(None)) for axis in axes)] = True
+    return {rule: boxes(grid, axes) for rule, grid in grids.items()}
+
+
 def find(pattern: Pattern, tree: ParamTree) -> list[int]:
     """The nodes at which a pattern matches, without those below them."""
-    walk = _Walk(_Automaton([pattern]), tree)
+    walk = _Walk(Automaton([pattern]), tree)
     walk.run()
     return [
         node
@@ -124,119 +147,10 @@ class _Asked:
         )
 
 
-def _bits(states: int) -> Iterator[int]:
-    """The bits of a set of states, lowest first."""
-    while states:
-        bit = states & -states
-        yield bit
-        states ^= bit
-
-
-class _Automaton:
-    """The states of all patterns: one for each step, waiting for it, and one that accepts."""
-
-    def __init__(self, selectors: Sequence[Selector]) -> None:
-        self.start = 0
-        self.accept = 0
-        self.any_depth = 0
-        self.indexed = 0  # those that wait for name[position]
-        self.at = 0  # those that wait for [position]
-        self.positions: dict[int, Position] = {}  # of either, by the bit of the state
-        self.accepting: list[int] = []  # rule -> the bit of the state in which it has matched
-        self._owner: list[int] = []  # state -> rule
-        self._literals: dict[str, int] = {}
-        self._globs: dict[Glob, int] = {}
-        for rule, selector in enumerate(selectors):
-            if isinstance(selector, Pattern):
-                self.start |= 1 << len(self._owner)
-                for step in selector.steps:
-                    self._add(step, 1 << len(self._owner))
-                    self._owner.append(rule)
-            self.accepting.append(1 << len(self._owner))
-            self.accept |= self.accepting[-1]
-            self._owner.append(rule)
-
-    def _add(self, step: Step, bit: int) -> None:
-        if isinstance(step, At):
-            self.at |= bit
-            self.positions[bit] = step.position
-        elif isinstance(step, Names):
-            self._add_names(step, bit)
-        elif isinstance(step, Indexed):
-            self.indexed |= bit
-            self.positions[bit] = step.position
-            self._add_names(step.names, bit)
-        else:
-            self.any_depth |= bit
-
-    def _add_names(self, names: Names, bit: int) -> None:
-        for name in names.literals:
-            self._literals[name] = self._literals.get(name, 0) | bit
-        for glob in names.globs:
-            self._globs[glob] = self._globs.get(glob, 0) | bit
-
-    def rules_of(self, states: int) -> Iterator[int]:
-        """The rules that some states belong to, in order."""
-        last = -1
-        for bit in _bits(states):
-            rule = self._owner[bit.bit_length() - 1]
-            if rule != last:
-                yield rule
-            last = rule
-
-    def close(self, states: int) -> int:
-        """Add what is reached without a segment: `**` may stand for none."""
-        return states | (states & self.any_depth) << 1
-
-    def expecting(self, names: Iterable[str]) -> dict[str, int]:
-        """For each name, the states that wait for that name, with a position or without."""
-        vocabulary = _Vocabulary(names)
-        expecting = dict.fromkeys(vocabulary.names, 0)
-        for name in self._literals.keys() & expecting.keys():
-            expecting[name] = self._literals[name]
-        for glob, states in self._globs.items():
-            for name in vocabulary.matching(glob):
-                expecting[name] |= states
-        return expecting
-
-
-class _Vocabulary:
-    """The distinct names of a tree, in order and as one text, so that a glob is tried on few."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        self.names = sorted(set(names))
-        self._text = "\0".join(["", *self.names, ""])
-        lengths = (len(name) + 1 for name in self.names)
-        self._starts = list(itertools.accumulate(lengths, initial=0))
-
-    def matching(self, glob: Glob) -> Iterator[str]:
-        """The names that match a glob."""
-        return filter(glob.match, self._candidates(glob))
-
-    def _candidates(self, glob: Glob) -> Iterator[str]:
-        first, *_, last = glob.parts
-        longest = max(glob.parts, key=len)
-        if first or not longest:
-            start = bisect.bisect_left(self.names, first)
-            yield from itertools.takewhile(
-                lambda name: name.startswith(first), itertools.islice(self.names, start, None)
-            )
-            return
-        needle = f"{last}\0" if last else longest
-        if "\0" in longest:  # a name might hold the separator itself
-            yield from self.names
-            return
-        at = self._text.find(needle)
-        while at >= 0:
-            index = bisect.bisect_right(self._starts, at) - 1
-            yield self.names[index]
-            at = self._text.find(needle, self._starts[index + 1])
-
-
 class _Walk:
     """One run of the automaton over a tree, from the root downwards."""
 
-    def __init__(self, automaton: _Automaton, tree: ParamTree) -> None:
+    def __init__(self, automaton: Automaton, tree: ParamTree) -> None:
         self.automaton = automaton
         self.tree = tree
         self.active = [0] * len(tree.names)  # per node, the states that wait there
@@ -261,19 +175,23 @@ class _Walk:
         self._arrive(0, automaton.close(automaton.start), ())
         for node, children in enumerate(self.tree.children):
             states = active[node]
-            if not children and not states & automaton.at:
+            layers = self.tree.layers.get(node)
+            if not children and not layers and not states & automaton.at:
                 continue
-            for bit in _bits(states & automaton.at):
+            for bit in bits(states & automaton.at):
                 self._follow(node, None, bit)
             by_name = states & automaton.indexed
             if by_name:
                 for name in self._countable(node):
-                    for bit in _bits(by_name & expecting[name]):
+                    for bit in bits(by_name & expecting[name]):
                         self._follow(node, name, bit)
                 states ^= by_name
             # What stays active below whatever the children are called.
             lasting = automaton.close(states & automaton.any_depth) & unaccepting
             known = matched[node]
+            for layer in layers.values() if layers else ():
+                if layer in self._resolved:
+                    self._arrive(layer, automaton.close(self._resolved[layer]), known)
             for name, child in children.items():
                 moving = states & expecting[name]
                 if moving or child in self._resolved:
@@ -312,14 +230,14 @@ class _Walk:
         """Follow one position from a node to the nodes that it means."""
         [rule] = self.automaton.rules_of(bit)
         try:
-            above, family = self._family(node, name, rule)
+            above, children, family = self._family(node, name, rule)
             if family is None:
                 return
             what = repr(shorten(self.tree.text(above))) if above else "the root"
             if name is not None and above == node:
                 what = f"the family {shorten(name)!r} {'below' if above else 'at'} {what}"
             for member in family.select(self.automaton.positions[bit], what):
-                below = self.tree.children[above][member]
+                below = children[member]
                 self._resolved[below] = self._resolved.get(below, 0) | bit << 1
         except UnknowablePositionError as error:
             self.errors.setdefault(rule, PositionError(str(error)))
@@ -330,31 +248,34 @@ class _Walk:
             if isinstance(error, IndexRangeError) and not isinstance(known, IndexRangeError):
                 self.unresolved[rule] = error
 
-    def _family(self, node: int, name: str | None, rule: int) -> tuple[int, Family | None]:
-        """What a position counts, and the node that it stands below.
+    def _family(
+        self, node: int, name: str | None, rule: int
+    ) -> tuple[int, Mapping[str, int], Family | None]:
+        """What a position counts: the node that it stands below, the children there, their order.
 
-        That is the children of the node (`name` is None), else the children of its child of that
-        name if they have an order, else the children called by that name and a number.
+        These are the layers or the children of the node (`name` is None), else those of its child
+        of that name if they have an order, else the children called by that name and a number.
 
         Raises:
             PositionError: if these have no order.
         """
-        children, holes = self.tree.children[node], self.tree.holes
+        tree = self.tree
+        children, holes = tree.children[node], tree.holes
         child = node if name is None else children.get(name)
         no_order = None
         if child is not None and child not in holes:
             try:
-                return child, self._order(child)
+                return child, tree.layers.get(child, tree.children[child]), self._order(child)
             except PositionError as error:
                 no_order = error
         family = None
         if name is not None:
-            family = family_of(children, name, self._stems(node), self.tree.text(node))
+            family = family_of(children, name, self._stems(node), tree.text(node))
         if child in holes:
             self.in_holes.add(rule)
         elif no_order and family is None:
             raise no_order
-        return node, family
+        return node, children, family
 
     def _countable(self, node: int) -> Iterable[str]:
         """The names below a node that a position may follow: of children, and of families."""
@@ -374,6 +295,10 @@ class _Walk:
 
     def _find_order(self, node: int) -> Family:
         children = self.tree.children[node]
+        if self.tree.layers.get(node) == {}:
+            raise IndexRangeError(f"{shorten(self.tree.text(node))!r} is a stack of no layers")
+        if node in self.tree.layers:
+            return Family({int(number): number for number in self.tree.layers[node]})
         if not children:
             raise PositionError(self._childless(node))
         return order_of(children, self.tree.text(node))
@@ -381,16 +306,15 @@ class _Walk:
     def _childless(self, node: int) -> str:
         if not node:
             return "the tree is empty or a bare array, and has no children for a position to count"
-        seen = f"{shorten(self.tree.text(node))!r} holds no array"
-        if node in self.tree.places:
-            index = self.tree.places.index(node)
-            shape = ",".join(map(str, self.tree.shapes[index]))
-            seen = (
-                f"{shorten(self.tree.text(node))!r} is an array, {self.tree.dtypes[index]}[{shape}]"
-            )
+        leaves = [leaf for leaf, place in self.tree.arrays() if place == node]
+        leaves += [leaf for leaf, copies in self.tree.slices.items() if node in copies]
+        if not leaves:
+            seen = f"{shorten(self.tree.text(node))!r} holds no array, and"
+            return f"{seen} has no children for a position to count"
         return (
-            f"{seen}, and has no children for a position to count; leave the position out for the "
-            "whole array"
+            f"{self.tree.show(leaves[0])} is an array, and has no children for a position to "
+            "count; leave the position out for the whole array, or write lrmult.along(...) for "
+            "part of it"
         )
 
     def _stems(self, node: int) -> dict[str, list[str]]:

@@ -38,6 +38,10 @@ class ParamTree:
         places: per leaf, its node; None where the leaf is no array, such as an activation function.
         shapes: per leaf, its shape; `()` where it is no array.
         dtypes: per leaf, its dtype; None where it is no array.
+        layers: the nodes whose layers are stacked along an axis of every array below, and for each
+            of them the nodes that stand for its layers, by number. Only positions lead there.
+        slices: per leaf below such nodes, the nodes that stand for slices of it, each with an index
+            for some of its axes.
     """
 
     def __init__(self, params: PyTree) -> None:
@@ -50,7 +54,11 @@ class ParamTree:
         self.places: list[int | None] = []
         self.shapes: list[tuple[int, ...]] = []
         self.dtypes: list[Any] = []
+        self.layers: dict[int, dict[str, int]] = {}
+        self.slices: dict[int, dict[int, dict[int, int]]] = {}
+        self._stacked: set[int] = set()  # the nodes that stand for layers
         self._read(params)
+        self._size = len(self.names)
 
     def _read(self, params: PyTree) -> None:
         """Fill the lists. This loop is most of what compiling rules costs."""
@@ -66,11 +74,7 @@ class ParamTree:
             del nodes[shared + 1 :]
             node = nodes[-1]
             for key in path[shared:]:
-                field = _FIELDS.get(type(key))
-                name = getattr(key, field) if field else key
-                if type(name) is not str:
-                    name = str(name)
-                for segment in name.split("/") if "/" in name else (name,):
+                for segment in _segments_of(key):
                     below = children[node]
                     child = below.get(segment)
                     if child is None:
@@ -111,20 +115,116 @@ class ParamTree:
                 "rename a key"
             )
 
+    def node_at(self, segments: Iterable[str]) -> int | None:
+        """The node that a path leads to; None if there is none."""
+        node: int | None = 0
+        for segment in segments:
+            node = self.children[node].get(segment) if node is not None else None
+        return node
+
+    def layers_with_outputs_first(self) -> dict[int, int]:
+        """The nodes that are linear or convolutional layers of Equinox, if it is imported.
+
+        Their arrays alone would not tell them from an embedding, or from a stack of layers.
+
+        Returns:
+            For each, the number of axes of its weight.
+        """
+        nn = getattr(sys.modules.get("equinox"), "nn", None)
+        if nn is None:
+            return {}
+        linear, convolution = nn.Linear, (nn.Conv, nn.ConvTranspose)
+        skeleton = self.treedef.unflatten([None] * self.treedef.num_leaves)
+        modules = jax.tree_util.tree_flatten_with_path(
+            skeleton, is_leaf=lambda node: isinstance(node, (linear, *convolution))
+        )[0]
+        found: dict[int, int] = {}
+        for path, module in modules:
+            node = self.node_at(itertools.chain.from_iterable(map(_segments_of, path)))
+            if node is not None:
+                found[node] = 2 if isinstance(module, linear) else module.num_spatial_dims + 2
+        return found
+
+    def stack(self, node: int, axis: int, size: int) -> None:
+        """Note that a node stands for that many layers, stacked along an axis of all below it.
+
+        Each layer becomes a copy of the node and of what is below it. Where such nodes stand above
+        one another, the lower ones come first.
+        """
+        leaves = {place: leaf for leaf, place in enumerate(self.places) if place is not None}
+        for leaf, known in self.slices.items():
+            leaves.update(dict.fromkeys(known, leaf))
+        layers: dict[str, int] = {}
+        for number in range(size):
+            self._copy(node, (layers, str(number)), leaves, (axis, number))
+        for key, layer in layers.items():
+            self.names[layer] = key
+            self._stacked.add(layer)
+        self.layers[node] = layers
+
+    def _copy(
+        self,
+        top: int,
+        link: tuple[dict[str, int], str],
+        leaves: dict[int, int],
+        at: tuple[int, int],
+    ) -> None:
+        pending = [(top, top, link)]
+        while pending:
+            node, above, (siblings, name) = pending.pop()
+            copy = siblings[name] = len(self.names)
+            self.names.append(self.names[node])
+            self.parents.append(above)
+            if node in leaves:
+                slices = self.slices.setdefault(leaves[node], {})
+                axis = at[0] % len(self.shapes[leaves[node]])
+                slices[copy] = {**slices.get(node, {}), axis: at[1]}
+            for known in (self.holes, self.cut, self._stacked):
+                if node in known:
+                    known.add(copy)
+            below: dict[str, int] = {}
+            self.children.append(below)
+            pending.extend(
+                (child, copy, (below, key)) for key, child in self.children[node].items()
+            )
+            if node in self.layers:
+                layers = self.layers[copy] = {}
+                pending.extend(
+                    (child, copy, (layers, key)) for key, child in self.layers[node].items()
+                )
+
     def text(self, node: int) -> str:
         """The path of a node, as it is written in a rule."""
-        return "/".join(map(escape, self._segments(node)))
+        text = ""
+        for each in self.line(node)[1:]:
+            if each in self._stacked:
+                text += f"[{self.names[each]}]"
+            else:
+                text += ("/" if text else "") + escape(self.names[each])
+        return text
 
     def raw_text(self, node: int) -> str:
         """The path with nothing escaped: what a regular expression sees."""
-        return "/".join(self._segments(node))
+        return "/".join(self.names[each] for each in self.line(node)[1:])
 
-    def _segments(self, node: int) -> list[str]:
-        found: list[str] = []
+    def line(self, node: int) -> list[int]:
+        """The nodes from the root down to a node."""
+        found = [node]
         while node:
-            found.append(self.names[node])
             node = self.parents[node]
+            found.append(node)
         return found[::-1]
+
+    def show(self, leaf: int) -> str:
+        """How a message shows an array: ``'head/bias' float32[10]``."""
+        path = shorten(self.text(self.places[leaf] or 0))
+        shape = ",".join(map(str, self.shapes[leaf]))
+        return (f"{path!r} " if path else "the array ") + f"{self.dtypes[leaf]}[{shape}]"
+
+    @property
+    def nodes(self) -> range:
+        """The nodes of the tree itself, without those that stand for layers."""
+        return range(self._size)
 
     def arrays(self) -> Iterator[tuple[int, int]]:
         """The index and the node of each leaf that is an array."""
@@ -141,6 +241,15 @@ _FIELDS = {
     jax.tree_util.SequenceKey: "idx",
 }
 _CHILDLESS: dict[str, int] = {}  # shared by all nodes that have no children, and never written to
+
+
+def _segments_of(key: Any) -> tuple[str, ...] | list[str]:
+    """What one key of a JAX key path adds to a path."""
+    field = _FIELDS.get(type(key))
+    name = getattr(key, field) if field else key
+    if type(name) is not str:
+        name = str(name)
+    return name.split("/") if "/" in name else (name,)
 
 
 def paths(params: PyTree) -> list[str]:

@@ -10,9 +10,15 @@ from typing import Any
 import jax
 
 from lrmult._checks import check
+from lrmult._claims import Matched, Pieces
+from lrmult._errors import RuleError, show
 from lrmult._matching import match
+from lrmult._multipliers import Multiplier
+from lrmult._parts import Values, frozen_of, values_of
 from lrmult._paths import ParamTree, PyTree, shape_and_dtype
 from lrmult._rules import Rules, RulesLike, show_rule
+from lrmult._scaling import Scales, scales_of
+from lrmult._structure import Structure, add_structure
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -35,8 +41,8 @@ class LeafPlan:
         path: the array's path, as `paths` lists it.
         shape: its shape.
         dtype: its dtype.
-        rules: the rules that claimed it; none if it has the multiplier 1 by default.
-        multiplier: the multiplier of its learning rate; 0.0 if it is frozen.
+        rules: the rules that claimed elements of it, in order; where none did, the multiplier is 1.
+        multiplier: the multiplier of its learning rate, as in `Plan.multipliers`.
         trained: how many of its elements train.
         frozen: how many of its elements are frozen.
     """
@@ -45,7 +51,7 @@ class LeafPlan:
     shape: tuple[int, ...]
     dtype: Any
     rules: tuple[Claim, ...]
-    multiplier: float
+    multiplier: Values = dataclasses.field(compare=False)  # the rules tell it
     trained: int
     frozen: int
 
@@ -58,39 +64,74 @@ class Plan:
     Attributes:
         rules: the rules that it was compiled from.
         treedef: the structure of the parameter tree.
-        claims: per leaf, in the order of `jax.tree.leaves`, the index of the rule that has it.
+        structure: the facts about the model that it was compiled with.
+        claims: per leaf, in the order of `jax.tree.leaves`, which rule has which elements.
         warnings: what `strict=False` let pass.
     """
 
-    rules: Rules
-    treedef: Any
-    claims: tuple[int | None, ...]
-    warnings: tuple[str, ...]
-
     def __init__(
-        self, rules: Rules, tree: ParamTree, claims: Iterable[int | None], warnings: Iterable[str]
+        self,
+        rules: Rules,
+        structure: Structure,
+        tree: ParamTree,
+        claims: Iterable[Pieces],
+        warnings: Iterable[str],
     ) -> None:
         self.rules = rules
-        self.treedef = tree.treedef
+        self.structure = structure
+        self.treedef: Any = tree.treedef
+        self.claims: tuple[Pieces, ...] = tuple(claims)
+        self.warnings: tuple[str, ...] = tuple(warnings)
         self._tree = tree
-        self.claims = tuple(claims)
-        self.warnings = tuple(warnings)
+
+    def _per_leaf(
+        self, make: Callable[[tuple[int, ...], Pieces, list[Multiplier]], Any]
+    ) -> list[Any]:
+        """What to make of each leaf's shape, pieces, and what these get."""
+        given = [rule.multiplier for rule in self.rules]
+        known: dict[Any, Any] = {}  # arrays that one rule has as a whole share their pieces
+        found = []
+        for shape, pieces in zip(self._tree.shapes, self.claims, strict=True):
+            key = id(pieces), shape
+            if key not in known:
+                got = [1.0 if piece.rule is None else given[piece.rule] for piece in pieces]
+                known[key] = make(shape, pieces, got)
+            found.append(known[key])
+        return found
 
     @functools.cached_property
-    def flat_multipliers(self) -> tuple[float, ...]:
-        """The multipliers in the order of `jax.tree.leaves`; 1.0 where a leaf is no array."""
-        values = [rule.multiplier or 0.0 for rule in self.rules]
-        return tuple([1.0 if claim is None else values[claim] for claim in self.claims])
+    def scales(self) -> tuple[Scales, ...]:
+        """How each leaf is scaled, in the order of `jax.tree.leaves`."""
+        return tuple(self._per_leaf(scales_of))
+
+    @functools.cached_property
+    def _values(self) -> list[Values]:
+        return self._per_leaf(values_of)
 
     @property
     def multipliers(self) -> PyTree:
-        """A tree like the parameters, of Python floats; 0.0 where frozen."""
-        return self.treedef.unflatten(self.flat_multipliers)
+        """A tree like the parameters: what multiplies the learning rate of each array.
+
+        A Python float; where an array is ruled along one axis, a NumPy array that broadcasts
+        against it, such as ``(1, 512)``; where several axes, masks, schedules or run-time values
+        mix, a `Parts`. It is 0.0 where frozen.
+        """
+        return self.treedef.unflatten(self._values)
 
     @property
     def frozen(self) -> PyTree:
-        """A tree like the parameters, of Python bools: true where the multiplier is zero."""
-        return self.treedef.unflatten([value == 0 for value in self.flat_multipliers])
+        """A tree like the parameters: what is frozen, that is, has a static multiplier of zero.
+
+        A Python bool; where only part of an array is frozen, a NumPy array of bools that broadcasts
+        against it, or a `Parts`.
+        """
+        return self.treedef.unflatten(
+            self._per_leaf(
+                lambda shape, pieces, got: frozen_of(
+                    shape, pieces, [value is None for value in got]
+                )
+            )
+        )
 
     @property
     def trainable(self) -> PyTree:
@@ -99,10 +140,11 @@ class Plan:
         This is what `optax.masked`, ``optax.adamw(mask=...)`` and `equinox.partition` take. It is
         false where a leaf is no array at all, such as an activation function.
         """
+        trains = self._per_leaf(lambda shape, pieces, got: any(m is not None for m in got))
         return self.treedef.unflatten(
             [
-                node is not None and value != 0
-                for node, value in zip(self._tree.places, self.flat_multipliers, strict=True)
+                node is not None and train
+                for node, train in zip(self._tree.places, trains, strict=True)
             ]
         )
 
@@ -113,16 +155,22 @@ class Plan:
         return tuple([self._leaf(index, node, claims) for index, node in self._tree.arrays()])
 
     def _leaf(self, index: int, node: int, claims: list[Claim]) -> LeafPlan:
-        tree, claim, multiplier = self._tree, self.claims[index], self.flat_multipliers[index]
+        tree, pieces = self._tree, self.claims[index]
         size = math.prod(tree.shapes[index])
+        frozen = sum(
+            size if piece.count is None else piece.count
+            for piece in pieces
+            if piece.rule is not None and self.rules[piece.rule].multiplier is None
+        )
+        claiming = dict.fromkeys(piece.rule for piece in pieces if piece.rule is not None)
         return LeafPlan(
             path=tree.text(node),
             shape=tree.shapes[index],
             dtype=tree.dtypes[index],
-            rules=() if claim is None else (claims[claim],),
-            multiplier=multiplier,
-            trained=size if multiplier else 0,
-            frozen=0 if multiplier else size,
+            rules=tuple(claims[rule] for rule in claiming),
+            multiplier=self._values[index],
+            trained=size - frozen,
+            frozen=frozen,
         )
 
     def __rich__(self) -> Any:
@@ -140,14 +188,20 @@ class Plan:
         return f"<lrmult.Plan of {len(self.rules)} rules for {arrays} arrays; print it for a table>"
 
 
-def compile_rules(rules: RulesLike, params: PyTree, *, strict: bool = True) -> Plan:
+def compile_rules(
+    rules: RulesLike,
+    params: PyTree,
+    *,
+    structure: Structure | None = None,
+    strict: bool = True,
+) -> Plan:
     """Work out what every array of a parameter tree gets.
 
-    For each array the first rule that matches gives the multiplier of its learning rate; it is 1 if
-    none does. Only the paths, shapes and dtypes of the arrays are looked at, so shapes are enough
-    (`jax.eval_shape`) and no device does any work. The time is linear in the number of arrays,
-    whatever the number of rules, but for regular expressions and predicates: each of those is asked
-    about every array.
+    For each array, element by element, the first rule that matches gives the multiplier of the
+    learning rate; it is 1 if none does. Only the paths, shapes and dtypes of the arrays are looked
+    at, so shapes are enough (`jax.eval_shape`) and no device does any work. The time is linear in
+    the number of arrays, whatever the number of rules, but for regular expressions and predicates:
+    each of those is asked about every array.
 
     A rule that does nothing is a mistake, and an error: one that matches nothing, and one all of
     whose matches earlier rules have claimed. Passed over without an error are a closing ``...`` or
@@ -157,6 +211,7 @@ def compile_rules(rules: RulesLike, params: PyTree, *, strict: bool = True) -> P
     Args:
         rules: see `Rules`.
         params: a pytree of arrays or of `jax.ShapeDtypeStruct`.
+        structure: what the tree does not tell; see `Structure`.
         strict: if false, rules that match nothing or can never apply are warnings.
 
     Returns:
@@ -165,11 +220,13 @@ def compile_rules(rules: RulesLike, params: PyTree, *, strict: bool = True) -> P
 
     Raises:
         PatternError: if a target cannot be read.
-        MultiplierError: if a multiplier is neither a finite number nor None.
+        MultiplierError: if a multiplier cannot be read.
         UnmatchedRuleError: if a rule matches nothing; the message names near misses.
         ShadowedRuleError: if earlier rules claim all that a rule matches.
         PositionError: if a position is asked of children that have no order.
-        IndexRangeError: if nothing stands at a position, or a slice selects nothing.
+        IndexRangeError: if nothing stands at a position or an index, or a slice selects nothing.
+        AxisError: if an array has no such axis, or its output axis is not known.
+        MaskError: if a mask has not the shape of an array that it is for.
         RuleError: for all else that is wrong with a rule, the list, or the tree.
 
     Example:
@@ -194,7 +251,7 @@ def compile_rules(rules: RulesLike, params: PyTree, *, strict: bool = True) -> P
         >>> plan.multipliers["head"]
         {'b': 2.0, 'w': 10.0}
     """
-    return warned(_compile(Rules(rules), params, strict))
+    return warned(_compile(Rules(rules), params, _read_structure(structure), strict))
 
 
 def warned(plan: Plan) -> Plan:
@@ -204,7 +261,9 @@ def warned(plan: Plan) -> Plan:
     return plan
 
 
-def trainable_mask(rules: RulesLike, *, strict: bool = True) -> Callable[[PyTree], PyTree]:
+def trainable_mask(
+    rules: RulesLike, *, structure: Structure | None = None, strict: bool = True
+) -> Callable[[PyTree], PyTree]:
     """Make a function from parameters to `Plan.trainable`.
 
     For arguments that take a mask or a function that makes one, such as those of `optax.masked` and
@@ -213,6 +272,7 @@ def trainable_mask(rules: RulesLike, *, strict: bool = True) -> Callable[[PyTree
 
     Args:
         rules: see `Rules`.
+        structure: as for `compile_rules`.
         strict: as for `compile_rules`.
 
     Returns:
@@ -231,36 +291,53 @@ def trainable_mask(rules: RulesLike, *, strict: bool = True) -> Callable[[PyTree
     read = Rules(rules)
 
     def mask(params: PyTree) -> PyTree:
-        return warned(cached_plan(read, params, strict)).trainable
+        return warned(cached_plan(read, params, structure, strict)).trainable
 
     return mask
 
 
-def cached_plan(rules: Rules, params: PyTree, strict: bool) -> Plan:
+def cached_plan(rules: Rules, params: PyTree, structure: Structure | None, strict: bool) -> Plan:
     """The plan for a tree, from a cache that all callers share.
 
-    A plan depends on nothing but the arguments of `_plan_of`, and holds no array of the tree.
+    A plan depends on nothing but the arguments of `_plan_of`, and holds no array of the tree. The
+    schedules and arrays among the multipliers are stood in for by a `Dynamic` each.
     """
     leaves, treedef = jax.tree.flatten(params)
     specs = tuple([shape_and_dtype(leaf) for leaf in leaves])
+    arguments = rules.abstract, treedef, specs, _read_structure(structure), strict
     try:
-        hash((rules, treedef))
+        hash(arguments[:2])
     except TypeError:  # a predicate or a static field of a module that cannot be hashed
-        return _plan_of.__wrapped__(rules, treedef, specs, strict)
-    return _plan_of(rules, treedef, specs, strict)
+        return _plan_of.__wrapped__(*arguments)
+    return _plan_of(*arguments)
 
 
 @functools.lru_cache(maxsize=128)
-def _plan_of(rules: Rules, treedef: Any, specs: tuple[Any, ...], strict: bool) -> Plan:
+def _plan_of(
+    rules: Rules, treedef: Any, specs: tuple[Any, ...], structure: Structure, strict: bool
+) -> Plan:
     leaves = [_NO_ARRAY if spec[1] is None else jax.ShapeDtypeStruct(*spec) for spec in specs]
-    return _compile(rules, treedef.unflatten(leaves), strict)
+    return _compile(rules, treedef.unflatten(leaves), structure, strict)
 
 
 _NO_ARRAY = object()  # stands for leaves such as functions
 
 
-def _compile(rules: Rules, params: PyTree, strict: bool) -> Plan:
+def _read_structure(structure: Any) -> Structure:
+    if structure is None:
+        return Structure()
+    if not isinstance(structure, Structure):
+        raise RuleError(
+            f"structure= is {show(structure)}; write lrmult.Structure(stacked={{'path': axis}})"
+        )
+    return structure
+
+
+def _compile(rules: Rules, params: PyTree, structure: Structure, strict: bool) -> Plan:
     tree = ParamTree(params)
+    add_structure(tree, structure)
     matches = match([rule.selector for rule in rules], tree)
-    passed = check(rules, tree, matches, strict=strict)
-    return Plan(rules, tree, [row[0] if row else None for row in matches.rows], passed)
+    matched = Matched(rules, tree, matches)
+    claims = matched.claims()
+    passed = check(rules, tree, matches, matched, claims, strict=strict)
+    return Plan(rules, structure, tree, claims, passed)

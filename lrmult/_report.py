@@ -4,11 +4,13 @@ import io
 from collections.abc import Iterator
 from typing import Any
 
+from lrmult._multipliers import show_multiplier
+from lrmult._parts import describe
 from lrmult._paths import ParamTree
 from lrmult._patterns import Span, escape, show_position
 from lrmult._plan import LeafPlan, Plan
 from lrmult._positions import base_names, split_number
-from lrmult._rules import name_rule, show_multiplier
+from lrmult._rules import name_rule
 
 # numpy's name of a dtype -> the short one that jax prints
 _SHORT = {"float": "f", "bfloat": "bf", "complex": "c", "uint": "u", "int": "i"}
@@ -40,25 +42,36 @@ def table(plan: Plan, tree: ParamTree) -> Any:
         shown.add_column(name, justify="right")
     shown.add_column("rule")
     records = dict(zip((index for index, _ in tree.arrays()), plan.leaves, strict=True))
-    for path, leaves in _Folding(tree, plan).rows():
-        first = records[leaves[0]]
+    answers = {index: _answer(index, plan, tree) for index in records}
+    for path, leaves in _Folding(tree, answers).rows():
         size = sum(records[leaf].trained + records[leaf].frozen for leaf in leaves)
-        claim = first.rules[0] if first.rules else None
+        multiplier, rules = answers[leaves[0]]
         cells = (
             path if path.isprintable() else repr(path)[1:-1],
             _describe([records[leaf] for leaf in leaves]),
             f"{size:,}",
-            show_multiplier(first.multiplier or None),
-            f"{claim.index}: {plan.rules[claim.index].text}" if claim else "none",
+            multiplier,
+            rules,
         )
-        style = "" if first.multiplier else "dim"
+        style = "dim" if multiplier == show_multiplier(None) else ""
         shown.add_row(*(Text(cell, style=style) for cell in cells))
     notes = [Text(""), Text(_totals(plan))]
-    claiming = set(plan.claims)
+    claiming = {piece.rule for pieces in set(plan.claims) for piece in pieces}
     for index, rule in enumerate(plan.rules):
         if index not in claiming:
             notes.append(Text(f"{name_rule(index, *rule)} claims nothing here"))
     return Group(shown, *notes)
+
+
+def _answer(leaf: int, plan: Plan, tree: ParamTree) -> tuple[str, str]:
+    """What one array gets, and the rules that say so, as the table shows it."""
+    pieces = plan.claims[leaf]
+    multipliers = [1.0 if p.rule is None else plan.rules[p.rule].multiplier for p in pieces]
+    claiming = dict.fromkeys(p.rule for p in pieces if p.rule is not None)
+    rules = "; ".join(f"{rule}: {plan.rules[rule].text}" for rule in claiming)
+    stacked = {axis for at in tree.slices.get(leaf, {}).values() for axis in at}
+    texts = map(show_multiplier, multipliers)
+    return describe(tree.shapes[leaf], pieces, texts, stacked), rules or "none"
 
 
 def _totals(plan: Plan) -> str:
@@ -92,22 +105,22 @@ def _dtype(dtype: Any) -> str:
 class _Folding:
     """Groups of arrays with one answer: whole subtrees, and numbered siblings that are alike."""
 
-    def __init__(self, tree: ParamTree, plan: Plan) -> None:
+    def __init__(self, tree: ParamTree, answers: dict[int, tuple[str, str]]) -> None:
         self.tree = tree
         self._below: list[list[int]] = [[] for _ in tree.names]  # per node, the arrays below it
-        # Per node, the rule that has all of them, in a tuple; () if there are several answers.
-        self._answer: list[tuple[int | None, ...]] = [()] * len(tree.names)
+        # Per node, what all of them get; () if there are several answers.
+        self._answer: list[tuple[str, ...]] = [()] * len(tree.names)
         self._kind = [0] * len(tree.names)  # per node, a number shared by those with the same rows
         kinds: dict[Any, int] = {}
         for index, node in tree.arrays():
             self._below[node] = [index]
-            self._answer[node] = (plan.claims[index],)
-        for node in reversed(range(len(tree.names))):
+            self._answer[node] = answers[index]
+        for node in reversed(tree.nodes):
             children = self._children(node)
             if children:
                 self._below[node] = [i for child in children.values() for i in self._below[child]]
-                answers = {self._answer[child] for child in children.values()}
-                self._answer[node] = answers.pop() if len(answers) == 1 else ()
+                got = {self._answer[child] for child in children.values()}
+                self._answer[node] = got.pop() if len(got) == 1 else ()
             inside = tuple((name, self._kind[child]) for name, child in children.items())
             self._kind[node] = kinds.setdefault((self._answer[node] or inside), len(kinds))
 

@@ -2,38 +2,21 @@
 
 import dataclasses
 import functools
-import math
 import numbers
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias, cast, overload
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias, overload
 
-import jax
-import numpy as np
-
-from lrmult._errors import (
-    LrmultError,
-    MultiplierError,
-    PatternError,
-    RuleError,
-    shorten,
-    show,
+from lrmult._errors import LrmultError, MultiplierError, RuleError, shorten, show
+from lrmult._multipliers import (
+    Dynamic,
+    Multiplier,
+    is_array,
+    is_schedule,
+    read_multiplier,
+    show_multiplier,
 )
-from lrmult._patterns import (
-    ANY_DEPTH,
-    At,
-    Pattern,
-    parse,
-    pattern_from_tuple,
-    position_from_python,
-)
+from lrmult._targets import Part, Restriction, Selector, Target, read_target, show_target
 
-Predicate: TypeAlias = Callable[[str, jax.ShapeDtypeStruct], bool]
-Selector: TypeAlias = Pattern | re.Pattern[str] | Predicate
-# What users write. A target is text, a tuple, an int, a slice, `...`, a compiled regular expression
-# or a predicate; `EllipsisType` and `slice` in a union are of no help to anyone, hence `Any`.
-Target: TypeAlias = Any
-Multiplier: TypeAlias = float | None
 RulesLike: TypeAlias = "Rules | Iterable[Any] | Mapping[Any, Any] | float"
 
 
@@ -45,9 +28,11 @@ class Rule:
 
     Attributes:
         target: what the rule speaks of, as it was written.
-        multiplier: a finite float, or None for frozen (a multiplier of 0 becomes None).
+        multiplier: a finite float, None for frozen (a multiplier of 0 becomes None), a schedule, or
+            an array.
         optional: whether the rule may claim nothing.
-        selector: the target as it was understood.
+        selector: the arrays that the target names, as it was understood.
+        restrictions: the part of them that it names, innermost first.
         text: the target as messages show it.
 
     Raises:
@@ -62,15 +47,25 @@ class Rule:
     """
 
     target: Target = dataclasses.field(compare=False)  # a slice in it could not be hashed
-    multiplier: Multiplier
+    multiplier: Multiplier = dataclasses.field(compare=False)  # nor could an array
     optional: bool = False
     selector: Selector = dataclasses.field(init=False)
+    restrictions: tuple[Restriction, ...] = dataclasses.field(init=False)
     text: str = dataclasses.field(init=False)
+    _identity: Hashable = dataclasses.field(init=False)  # of the multiplier
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "text", show_target(self.target))
-        object.__setattr__(self, "selector", _read_target(self.target))
-        object.__setattr__(self, "multiplier", _read_multiplier(self.multiplier))
+        selector, restrictions = read_target(self.target)
+        multiplier = read_multiplier(self.multiplier)
+        values = {
+            "text": show_target(self.target),
+            "selector": selector,
+            "restrictions": restrictions,
+            "multiplier": multiplier,
+            "_identity": _identity(multiplier),
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
     def __iter__(self) -> Iterator[Any]:
         yield self.target
@@ -102,12 +97,18 @@ class Rules(Sequence[Rule]):
         * ``lambda path, leaf: leaf.ndim == 1``: a predicate of an array's path, as `paths` lists
           it, and its `jax.ShapeDtypeStruct`. Its answers are cached, so it must depend on nothing
           else;
-        * ``...`` or ``"**"``: everything.
+        * ``...`` or ``"**"``: everything;
+        * `neurons`, `rows`, `along`, `elements`: part of what another target names. The elements
+          that a rule leaves go on to the next rules.
 
     Multipliers:
         * a finite number, negative too (gradient ascent);
         * ``None`` or 0: frozen. The update is replaced, not multiplied, so that it is zero where a
-          gradient is NaN.
+          gradient is NaN;
+        * an `optax.Schedule`, from the number of updates so far to a multiplier. Where it gives 0,
+          the update is replaced as well;
+        * a JAX array of one number, traced or not: a value that is known at run time. It is always
+          multiplied, also if it happens to be 0, so that one can differentiate with respect to it.
 
     Args:
         rules: pairs of target and multiplier, a mapping from the one to the other, one number for
@@ -115,7 +116,7 @@ class Rules(Sequence[Rule]):
 
     Raises:
         PatternError: if a target cannot be read.
-        MultiplierError: if a multiplier is not a finite number or None.
+        MultiplierError: if a multiplier is none of the above.
         RuleError: if `rules` is none of the above. ``None`` is an error: no rules are ``[]``, and
             ``[(..., None)]`` freezes everything.
 
@@ -129,10 +130,27 @@ class Rules(Sequence[Rule]):
     positions count from 0 here and spans exclude their end.
     """
 
-    __slots__ = ("_rules",)
-
     def __init__(self, rules: RulesLike = ()) -> None:
         self._rules = tuple(_read_rules(rules))
+
+    @functools.cached_property
+    def abstract(self) -> "Rules":
+        """The rules with a stand-in for each schedule and array.
+
+        Those that differ in nothing else are equal here: plans are cached by them.
+        """
+        numbers: dict[Hashable, int] = {}  # of schedules: equal ones are evaluated once
+        found = []
+        for index, rule in enumerate(self._rules):
+            multiplier = rule.multiplier
+            if is_schedule(multiplier) or is_array(multiplier):
+                number = index
+                if is_schedule(multiplier):
+                    number = numbers.setdefault(rule._identity, index)
+                stand_in = Dynamic(number, is_schedule(multiplier), show_multiplier(multiplier))
+                rule = dataclasses.replace(rule, multiplier=stand_in)
+            found.append(rule)
+        return Rules(found)
 
     def __len__(self) -> int:
         return len(self._rules)
@@ -193,6 +211,17 @@ def optional(rules: RulesLike) -> Rules:
     return Rules([Rule(rule.target, rule.multiplier, optional=True) for rule in Rules(rules)])
 
 
+def _identity(multiplier: Multiplier) -> Hashable:
+    """What equal multipliers have in common; no value of an array is looked at."""
+    if is_array(multiplier):
+        return "array", id(multiplier)
+    try:
+        hash(multiplier)
+    except TypeError:
+        return "object", id(multiplier)
+    return multiplier
+
+
 def name_rule(index: int, target: Target, multiplier: Any) -> str:
     """Name a rule in a message by its place in the list and its text."""
     return f"rule {index} ({show_rule(target, multiplier)})"
@@ -201,26 +230,6 @@ def name_rule(index: int, target: Target, multiplier: Any) -> str:
 def show_rule(target: Target, multiplier: Any) -> str:
     """A rule in a message or a table."""
     return f"{show_target(target)} -> {show_multiplier(multiplier)}"
-
-
-def show_multiplier(multiplier: Any) -> str:
-    """A multiplier in a message or a table: ``frozen``, or a number."""
-    if multiplier is None:
-        return "frozen"
-    return f"{multiplier:.12g}" if isinstance(multiplier, float) else show(multiplier)
-
-
-def show_target(target: Target) -> str:
-    """Write a target as it stands in Python source, as far as it can be."""
-    if target is ...:
-        return "..."
-    if isinstance(target, tuple):
-        shown = [show_target(part) for part in target[:20]] + ["..."] * (len(target) > 20)
-        return shorten(f"({', '.join(shown)}{',' * (len(target) == 1)})")
-    if callable(target) and not isinstance(target, type):
-        name = getattr(target, "__qualname__", None)
-        return f"<predicate {shorten(name)}>" if name else show(target)
-    return show(target)
 
 
 def _read_rules(rules: Any) -> Iterator[Rule]:
@@ -266,8 +275,11 @@ def _looks_like_one_rule(rules: Any) -> bool:
     if not isinstance(rules, tuple | list) or len(rules) != 2:
         return False
     target, multiplier = rules
-    if multiplier is not None and not isinstance(multiplier, numbers.Number | str):
+    allowed = isinstance(multiplier, numbers.Number | str | None)
+    if not (allowed or is_array(multiplier) or is_schedule(multiplier)):
         return False
+    if isinstance(target, Part):
+        return True
     if isinstance(target, tuple):
         return isinstance(rules, tuple)
     return target is ... or isinstance(target, str) != isinstance(multiplier, str)
@@ -312,80 +324,3 @@ def _misplaced(target: Any, multiplier: Any) -> str | None:
             f"full, such as {shorten(example)!r}"
         )
     return None
-
-
-def _read_multiplier(value: Any) -> Multiplier:
-    if value is None:
-        return None
-    if isinstance(value, np.ndarray) and value.ndim == 0:
-        value = value[()]
-    if isinstance(value, bool | np.bool_):
-        raise MultiplierError(
-            f"{value!r} is no multiplier; write 1 for what trains at the full rate, or None for "
-            "what is frozen"
-        )
-    if not isinstance(value, numbers.Real):
-        raise MultiplierError(_wrong_multiplier(value))
-    try:
-        number = float(value)
-    except OverflowError:
-        raise MultiplierError(f"{show(value)} is too large for a float") from None
-    if not math.isfinite(number):
-        raise MultiplierError(
-            f"{show(value)} is not finite; write a finite number, or None for what is frozen"
-        )
-    if number == 0 and value != 0:
-        raise MultiplierError(f"{show(value)} is too small for a float; write None for frozen")
-    return number or None
-
-
-def _wrong_multiplier(value: Any) -> str:
-    shown = show(value)
-    if not shown.startswith(("an ", "the ")):
-        shown = f"{shown} ({type(value).__name__})"
-    seen = f"a multiplier is one number or None, not {shown}"
-    if isinstance(value, str):
-        try:
-            if math.isfinite(float(value)):
-                return f"{seen}; write {float(value)!r}, without quotes"
-        except ValueError:
-            pass
-        return f"{seen}; write None for what is frozen, or a finite number such as 0.1"
-    if isinstance(value, numbers.Complex):
-        return f"{seen}; write its real part"
-    if getattr(value, "shape", None) == ():
-        return f"{seen}; write float(...) of it"
-    if callable(value) and not isinstance(value, type):
-        return f"{seen}; schedules are not supported, so write the number to use"
-    return f"{seen}; write a number such as 0.1, or None for what is frozen"
-
-
-def _read_target(target: Any) -> Selector:
-    if isinstance(target, str):
-        return parse(target)
-    if target is ...:
-        return Pattern((ANY_DEPTH,))
-    if isinstance(target, tuple):
-        return pattern_from_tuple(target)
-    if isinstance(target, re.Pattern):
-        if isinstance(target.pattern, bytes):
-            raise PatternError("a regular expression of bytes cannot match a path; drop the b")
-        return target
-    if isinstance(target, slice) or (
-        isinstance(target, numbers.Integral) and not isinstance(target, bool)
-    ):
-        return Pattern((At(position_from_python(target)),))
-    if callable(target) and not isinstance(target, type):
-        # A module of Equinox or NNX is callable too, but it is a tree of arrays.
-        is_partial = isinstance(target, functools.partial)
-        if is_partial or not any(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(target)):
-            return cast(Predicate, target)
-        raise PatternError(
-            f"a module ({type(target).__name__}) is no target; write its path, as "
-            "lrmult.paths(...) lists it"
-        )
-    raise PatternError(
-        f"{show(target)} ({type(target).__name__}) is no target; write a path such as "
-        "'encoder/head' or a tuple of names for one part, ... for everything, a compiled regular "
-        "expression, or a predicate (path, leaf) -> bool"
-    )

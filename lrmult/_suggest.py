@@ -22,7 +22,8 @@ from lrmult._patterns import (
     show_pattern,
 )
 from lrmult._positions import base_names, stems
-from lrmult._rules import Rule, show_target
+from lrmult._rules import Rule
+from lrmult._targets import show_target, whole_target
 
 _MOST = 2
 _CUTOFF = 0.7
@@ -50,8 +51,9 @@ def explain_unmatched(rule: Rule, tree: ParamTree) -> str:
             return f"{shorten(tree.text(there[0]))!r} is in the tree, but holds no array"
         if arrays == [0]:
             return "the tree is one bare array, which has no path; the target ... reaches it"
-        seen = f"no path matches {show_target(rule.target)}"
-        suggestions = _suggestions(rule.target, selector, tree)
+        target = whole_target(rule.target)
+        seen = f"no path matches {show_target(target)}"
+        suggestions = _suggestions(target, selector, tree)
     elif isinstance(selector, re.Pattern):
         seen = f"the regular expression {shorten(selector.pattern)!r} matches no whole path"
         suggestions = _wider(selector, tree)
@@ -177,7 +179,7 @@ def _misspelt(pattern: Pattern, tree: ParamTree) -> Iterator[Pattern]:
     word = show_pattern(pattern)
     length = len(pattern.steps)
     tails: dict[str, list[str]] = {}  # the ends of paths, about as long as the word
-    for node in range(1, len(tree.names)):
+    for node in tree.nodes[1:]:
         path = tree.text(node)
         segments = path.split("/")
         for size in {len(segments), length - 1, length, length + 1}:
@@ -255,7 +257,7 @@ def _reached(steps: tuple[Step, ...], tree: ParamTree) -> list[int]:
     if not steps:
         return [0]
     if steps[-1] is ANY_DEPTH:
-        return list(range(len(tree.names)))
+        return list(tree.nodes)
     return find(Pattern(steps), tree)
 
 

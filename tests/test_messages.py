@@ -114,9 +114,6 @@ def takes_leaf_first(leaf, path):
     return leaf.ndim == 1
 
 
-warmup = optax.linear_schedule(0.0, 1.0, 10)
-
-
 # ---- the catalogue ------------------------------------------------------------------------------
 
 
@@ -149,6 +146,8 @@ Multiplier = lm.MultiplierError
 Order = lm.PositionError
 Range = lm.IndexRangeError
 Wrong = lm.RuleError
+Axis = lm.AxisError
+Mask = lm.MaskError
 
 # Names that are misspelt.
 mistake("typo", [("params/hed", 10)], ENCODER, Unmatched, "'params/head'")
@@ -191,6 +190,40 @@ mistake("format-left-out", [("params/Dense_{}", 10)], MLP, Unmatched, "Dense_0'"
 mistake("f-left-out", [("params/Dense_{i}", 10)], MLP, Unmatched, "Dense_0'")
 mistake("nothing-alike", [("xyzzy", 10)], ENCODER, Unmatched, "'params", "lrmult.paths(")
 mistake("no-array", [("mlp/activation", 10)], FILTERED, Unmatched, "array")
+
+# Parts of arrays.
+KERNEL = "params/head/kernel"
+EVEN = np.arange(10) % 2 == 0
+mistake("part-of-typo", [(lm.rows("params/hed", 0), 1)], ENCODER, Unmatched, "'params/head'")
+mistake("part-too-high", [(lm.along(KERNEL, 1, 3), 1)], ENCODER, Range, KERNEL, "axis 1", "size 3")
+mistake("part-too-low", [(lm.rows(KERNEL, [0, -5]), 1)], ENCODER, Range, KERNEL, "-5", "size 4")
+mistake(
+    "part-empty-slice", [(lm.rows(KERNEL, slice(4, 9)), 1)], ENCODER, Range, "nothing", "size 4"
+)
+mistake("part-empty-list", [(lm.neurons(HEAD, []), 1)], ENCODER, Range, "nothing", "size 3")
+mistake("part-empty-bools", [(lm.rows(KERNEL, [False] * 4), 1)], ENCODER, Range, "nothing")
+mistake("part-nowhere", [(lm.rows("**", 99), 1)], ENCODER, Range, "99", "out of range")
+mistake("neuron-too-high", [(HEAD, 2), (lm.neurons(HEAD, 3), 1)], ENCODER, Range, "size 3", at=1)
+mistake("bools-too-long", [(lm.rows(KERNEL, EVEN), 1)], ENCODER, Mask, "10", "size 4", KERNEL)
+mistake("mask-shape", [(lm.elements(KERNEL, EVEN), 1)], ENCODER, Mask, "bool[10]", "float32[4,3]")
+mistake(
+    "mask-of-layer", [(lm.elements(HEAD, np.eye(4, 3) > 0), 1)], ENCODER, Mask, "'params/head/b"
+)
+mistake("no-such-axis", [(lm.along(KERNEL, 2, 0), 1)], ENCODER, Axis, "no axis 2", "float32[4,3]")
+mistake("no-axis-anywhere", [(lm.along("**", 7, 0), 1)], ENCODER, Axis, "no axis 7")
+mistake("neurons-of-embed", [(lm.neurons("params/embed", 0), 1)], ENCODER, Axis, "axis=", "[10,4]")
+mistake("neurons-of-all", [(lm.neurons(..., 0), 1)], ENCODER, Axis, "axis=", "embedding")
+mistake("neurons-of-inputs", [(lm.neurons(HEAD, 0, axis=0), 1)], ENCODER, Axis, "one layer")
+mistake("neurons-axis", [(lm.neurons(HEAD, 0, axis=2), 1)], ENCODER, Axis, "no axis 2")
+mistake(
+    "part-shadowed",
+    [(lm.rows(KERNEL, [0, 1]), None), (lm.rows(KERNEL, 2), 3), (lm.rows(KERNEL, 0), 1)],
+    ENCODER,
+    Shadowed,
+    "rule 0 (rows(",
+    "every element",
+    at=2,
+)
 
 # The right name in the wrong place.
 mistake("no-params", [("head", 10)], ENCODER, Unmatched, "'params/head'")
@@ -347,14 +380,14 @@ mistake("text-inf", [(HEAD, "inf")], ENCODER, Multiplier, "'inf'", "number")
 mistake("text-name", [("encoder", "head")], ENCODER, Multiplier, "'head' (str)", "number")
 mistake("list-multiplier", [(HEAD, [0.1, 0.2])], ENCODER, Multiplier, "list", "number")
 mistake("tuple-multiplier", [(HEAD, (0.1,))], ENCODER, Multiplier, "(0.1,) (tuple)", "number")
-mistake("jax-scalar", [(HEAD, jnp.float32(0.1))], ENCODER, Multiplier, "float(")
+mistake("jax-complex", [(HEAD, jnp.complex64(0.1))], ENCODER, Multiplier, "one real number")
 mistake("jax-array", [(HEAD, jnp.ones(3))], ENCODER, Multiplier, "float32[3]", "number")
 mistake("numpy-array", [(HEAD, np.ones(3))], ENCODER, Multiplier, "float64[3]", "number")
 mistake("numpy-bool", [(HEAD, np.bool_(True))], ENCODER, Multiplier, "np.True_", "write 1", "None")
 mistake("numpy-nan", [(HEAD, np.float32("nan"))], ENCODER, Multiplier, "nan", "finite")
 mistake("huge-int", [(HEAD, 10**400)], ENCODER, Multiplier, "too large")
 mistake("huger-int", [(HEAD, 10**5000)], ENCODER, Multiplier, "too large")
-mistake("schedule", [(HEAD, warmup)], ENCODER, Multiplier, "schedules are not supported", "number")
+mistake("no-schedule", [(HEAD, lambda path, leaf: 1)], ENCODER, Multiplier, "step -> multiplier")
 mistake("ellipsis-multiplier", [(HEAD, ...)], ENCODER, Multiplier, "Ellipsis", "None")
 mistake(
     "optimizer-multiplier", [(HEAD, optax.sgd(1))], ENCODER, Multiplier, "Transformation", "0.1"
@@ -580,7 +613,11 @@ def test_near_misses_work(name):
 @each
 def test_offers_no_option_that_does_not_exist(name):
     message = str(error(name))
-    options = inspect.signature(lm.compile_rules).parameters
+    options = {
+        name
+        for function in (lm.compile_rules, lm.neurons, lm.Structure)
+        for name in inspect.signature(function).parameters
+    }
     for option in re.findall(r"\b(structure|order|shared|stacked|axis|compact)=", message):
         assert option in options, message
     for public in re.findall(r"\b(?:lm|lrmult)\.(\w+)", message):

@@ -14,12 +14,21 @@ PACKAGE = pathlib.Path(lm.__file__).parent
 ORDER = (
     "_errors",
     "_patterns",
+    "_regions",
+    "_layouts",
     "_paths",
     "_positions",
+    "_targets",
+    "_multipliers",
     "_rules",
+    "_structure",
+    "_automaton",
     "_matching",
+    "_claims",
     "_suggest",
     "_checks",
+    "_parts",
+    "_scaling",
     "_plan",
     "_report",
     "_transform",
@@ -29,11 +38,14 @@ ORDER = (
 
 def test_the_public_names():
     assert sorted(lm.__all__) == [
+        "AxisError",
         "Claim",
         "IndexRangeError",
         "LeafPlan",
         "LrmultError",
+        "MaskError",
         "MultiplierError",
+        "Parts",
         "PatternError",
         "Plan",
         "PositionError",
@@ -41,10 +53,15 @@ def test_the_public_names():
         "RuleError",
         "Rules",
         "ShadowedRuleError",
+        "Structure",
         "UnmatchedRuleError",
+        "along",
         "compile_rules",
+        "elements",
+        "neurons",
         "optional",
         "paths",
+        "rows",
         "scale_by_rules",
         "trainable_mask",
     ]
@@ -84,7 +101,7 @@ def test_the_package_imports_only_its_dependencies():
 
 
 def test_patterns_know_no_arrays():
-    for name in ("_errors", "_patterns", "_positions"):
+    for name in ("_errors", "_patterns", "_positions", "_layouts"):
         for module, _ in imports_of(PACKAGE / f"{name}.py"):
             assert module.partition(".")[0] not in {"jax", "numpy", "optax"}, (name, module)
 

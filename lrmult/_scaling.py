@@ -1,0 +1,198 @@
+"""The update of one array, scaled. Constants stay as small as an axis, or one bit per element."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lrmult._claims import Pieces
+from lrmult._multipliers import Dynamic, Multiplier
+from lrmult._parts import Parts, values_of
+from lrmult._regions import WHOLE, Mask, Region, Shape, spread
+
+# What a vector may cost as a constant of a compiled program, in bytes; longer ones are packed.
+_LARGEST_VECTOR = 2**16
+
+
+class Scale(NamedTuple):
+    """What the elements of a region are multiplied by; None if they are frozen."""
+
+    region: Region
+    factor: float | Dynamic | np.ndarray[Any, Any] | None
+
+
+# The first that holds an element counts; together they hold all elements.
+Scales: TypeAlias = tuple[Scale, ...]
+
+
+class Value(NamedTuple):
+    """A schedule or an array at run time.
+
+    Attributes:
+        factor: a scalar.
+        is_zero: whether it selects zero; None where it multiplies, whatever it is.
+    """
+
+    factor: Any
+    is_zero: Any = None
+
+
+def scales_of(shape: Shape, pieces: Pieces, multipliers: Sequence[Multiplier]) -> Scales:
+    """How an array is scaled, as far as that is known before run time."""
+    values = values_of(shape, pieces, multipliers)
+    if isinstance(values, float):
+        return (Scale(WHOLE, values or None),)
+    scales = [Scale(p.region, m) for p, m in zip(pieces, multipliers, strict=True)]  # type: ignore[arg-type]
+    if isinstance(values, Parts):
+        return tuple(scales)
+    frozen = values == 0
+    distinct = np.unique(values[~frozen])
+    if len(distinct) > 1 and values.size * 4 > _LARGEST_VECTOR:
+        return tuple(scales)
+    axis = int(np.argmax(values.shape))
+    rest = Scale(WHOLE, float(distinct[0]) if len(distinct) == 1 else np.where(frozen, 1.0, values))
+    if not frozen.any():
+        return (rest,)
+    return (Scale(WHOLE.along(axis, frozen.reshape(-1)), None), rest)
+
+
+def scale(
+    update: Any, scales: Scales, values: Mapping[int, Value], packed: Mapping[Mask, Any]
+) -> Any:
+    """The update of an array, scaled; its dtype stays what it is.
+
+    Args:
+        update: the update.
+        scales: how it is scaled.
+        values: the schedules and arrays among the multipliers, by `Dynamic.number`.
+        packed: the bits of each element mask.
+    """
+    factor = scales[0].factor
+    is_whole = scales[0].region.is_whole
+    if is_whole and factor == 1 and not isinstance(factor, np.ndarray):
+        return update
+    dtype = getattr(update, "dtype", None)
+    if dtype is None:
+        update = jnp.asarray(update)
+        dtype = update.dtype
+    if dtype == jax.dtypes.float0 or jnp.issubdtype(dtype, jax.dtypes.extended):
+        return update  # float0 holds no bits; a key cannot be added to
+    # Outside a trace one compiled call costs a fraction of the operations that it is made of.
+    eager = isinstance(update, jax.Array) and not isinstance(update, jax.core.Tracer)
+    if is_whole and factor is None:
+        return _no_update_eagerly(update) if eager else _no_update(update)
+    if is_whole and isinstance(factor, float):
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            return update
+        return _times_eagerly(update, factor) if eager else _times(update, factor)
+    dynamic = [values[s.factor.number] for s in scales if isinstance(s.factor, Dynamic)]
+    differentiable = any(value.is_zero is None for value in dynamic)
+    parts = [_part(s, dtype, values, packed) for s in scales]
+    return (_scale_eagerly if eager else _scale)(update, parts, differentiable)
+
+
+class _Part(NamedTuple):
+    """A `Scale` with its values filled in: a pytree, so that one compiled function serves many."""
+
+    vectors: dict[int, Any]
+    packed: tuple[Any, ...]
+    factor: Any
+    is_zero: Any
+
+
+def _part(
+    scale: Scale, dtype: Any, values: Mapping[int, Value], packed: Mapping[Mask, Any]
+) -> _Part:
+    factor: Any = scale.factor
+    is_zero = None
+    if isinstance(factor, Dynamic):
+        factor, is_zero = values[factor.number]
+    if not isinstance(factor, float | None):
+        factor = factor.astype(_computed_in(dtype))
+    masks = tuple([packed[mask] for mask in scale.region.masks])
+    return _Part(scale.region.vectors, masks, factor, is_zero)
+
+
+def _computed_in(dtype: Any) -> Any:
+    """The real dtype in which products with an array of some dtype are taken."""
+    wide = jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize >= 4
+    return np.zeros((), dtype).real.dtype if wide else np.dtype(np.float32)
+
+
+def _scale(update: Any, parts: Sequence[_Part], differentiable: bool) -> Any:
+    factor: Any = 1.0
+    zero: Any = False
+    for part in reversed(parts):
+        frozen = part.factor is None
+        selects = True if frozen else False if part.is_zero is None else part.is_zero
+        here = _here(part, update.shape)
+        if here is None:
+            factor, zero = (1.0 if frozen else part.factor), selects
+            continue
+        if not frozen:
+            factor = jnp.where(here, part.factor, factor)
+        if zero is not False or selects is not False:
+            zero = jnp.where(here, selects, zero)
+    scaled = update
+    if jnp.issubdtype(update.dtype, jnp.inexact):
+        if differentiable and zero is not False:
+            # The derivative with respect to a factor sums over all elements that it multiplies: a
+            # NaN among the frozen ones must not be among them.
+            scaled = jnp.where(zero, jnp.zeros_like(update), update)
+        scaled = _times(scaled, factor)
+    return scaled if zero is False else jnp.where(zero, _no_update(update), scaled)
+
+
+def _here(part: _Part, shape: Shape) -> Any:
+    """Where a part lies, in a shape that broadcasts; None if it is the whole array."""
+    found: Any = None
+    for axis, vector in part.vectors.items():
+        if vector.size > _LARGEST_VECTOR:
+            vector = _unpacked(np.packbits(vector), vector.size)
+        along = spread(vector, axis, len(shape))
+        found = along if found is None else jnp.logical_and(found, along)
+    for bits in part.packed:
+        mask = _unpacked(bits, shape[-1])
+        found = mask if found is None else jnp.logical_and(found, mask)
+    return found
+
+
+def _unpacked(bits: Any, size: int) -> Any:
+    """Booleans from bytes of eight along the last axis, as `numpy.packbits` packs them."""
+    shifts = np.arange(7, -1, -1, dtype=np.uint8)
+    single = (jnp.expand_dims(bits, -1) >> shifts.reshape([1] * np.ndim(bits) + [8])) & np.uint8(1)
+    return single.reshape(*bits.shape[:-1], -1)[..., :size].astype(np.bool_)
+
+
+def _times(update: Any, factor: Any) -> Any:
+    if isinstance(factor, float) and factor == 1:
+        return update
+    if update.dtype.itemsize < 4:
+        return (update.astype(jnp.float32) * factor).astype(update.dtype)
+    if jnp.iscomplexobj(update) and not isinstance(factor, float):
+        factor = jnp.asarray(factor).astype(update.dtype)
+    return update * factor
+
+
+def _no_update(update: Any) -> Any:
+    """What leaves every bit of a parameter as it is when it is added."""
+    zero: complex = 0
+    if jnp.issubdtype(update.dtype, jnp.inexact):
+        is_complex = jnp.issubdtype(update.dtype, jnp.complexfloating)
+        zero = complex(-0.0, -0.0) if is_complex else -0.0
+    like = np if isinstance(update, np.ndarray | np.generic) else jnp
+    return like.full_like(update, zero)
+
+
+_times_eagerly = jax.jit(_times)
+_scale_eagerly = functools.partial(jax.jit, static_argnums=2)(_scale)
+
+
+@jax.jit
+def _no_update_eagerly(update: Any) -> Any:
+    # The result must hang on the update, or a sharded one would give a replicated result.
+    zeros = _no_update(update)
+    return jnp.where(jax.lax.optimization_barrier(update) == update, zeros, zeros)
