@@ -11,7 +11,7 @@ import numpy as np
 from lrmult._claims import Piece, Pieces
 from lrmult._errors import RuleError
 from lrmult._multipliers import Multiplier, is_schedule, is_static, show_multiplier
-from lrmult._regions import WHOLE, FirstMatch, Region, Shape, show_vector, spread
+from lrmult._regions import WHOLE, Region, Shape, along_one_axis, show_vector, spread
 
 # A number for all elements, numbers along one axis in a shape that broadcasts, or any mixture.
 Values: TypeAlias = "float | np.ndarray[Any, Any] | Parts"
@@ -85,8 +85,7 @@ def values_of(shape: Shape, pieces: Pieces, values: Sequence[Multiplier]) -> Val
     if len(static) == len(values):
         if len(set(static)) == 1:
             return static[0]
-        match = FirstMatch(shape, [piece.region for piece in pieces])
-        line = match.along_one_axis(static)
+        line = along_one_axis(shape, [piece.region for piece in pieces], static)
         if line:
             return spread(line[1], line[0], len(shape))
     pairs = [

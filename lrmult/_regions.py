@@ -21,6 +21,9 @@ Bools: TypeAlias = npt.NDArray[np.bool_]
 Shape: TypeAlias = tuple[int, ...]
 
 
+_CORNER = 64
+
+
 class Mask:
     """A boolean array that is no outer product of vectors, packed to bits along its last axis.
 
@@ -36,6 +39,12 @@ class Mask:
     def dense(self) -> Bools:
         """The boolean array."""
         return np.unpackbits(self.packed, axis=-1, count=self.shape[-1]).view(np.bool_)
+
+    def corner(self) -> "Mask":
+        """The first elements, along every axis as many as `_CORNER`."""
+        packed = self.packed[(slice(_CORNER),) * (self.packed.ndim - 1) + (slice(_CORNER // 8),)]
+        count = min(_CORNER, self.shape[-1])
+        return Mask(np.unpackbits(packed, axis=-1, count=count).view(np.bool_))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Mask) and self._key == other._key
@@ -131,6 +140,11 @@ class Region:
         if not vector.all() or not vector.size:
             vectors[axis] = vector
         return Region(dict(sorted(vectors.items())), self.masks)
+
+    def corner(self) -> "Region":
+        """What it holds of the first elements."""
+        vectors = {axis: vector[:_CORNER] for axis, vector in self.vectors.items()}
+        return Region(vectors, tuple([mask.corner() for mask in self.masks]))
 
     def within(self, other: "Region") -> "Region":
         """What both allow."""
@@ -261,25 +275,53 @@ class FirstMatch:
         self.counts = [self._grid.count(fresh) for fresh in self._fresh]
         self.left = self._grid.count(free)
 
-    def along_one_axis(self, values: Sequence[float]) -> tuple[int, npt.NDArray[np.float64]] | None:
-        """What each element gets, if that depends on nothing but its place along one axis.
+    def varying(self, values: Sequence[float]) -> list[int]:
+        """The axes along which the elements get unlike values, if each region gets one."""
+        got = self._gets(values)
+        return [
+            axis
+            for axis, size in enumerate(got.shape)
+            if size > 1 and (got != got.take([0], axis=axis)).any()
+        ]
 
-        Args:
-            values: for each region, what the elements get that it is the first to hold. There must
-                be no others.
+    def line(self, axis: int, values: Sequence[float]) -> npt.NDArray[np.float64]:
+        """What the elements get, place by place along the one axis that matters."""
+        got = np.moveaxis(self._gets(values), axis, 0)
+        kinds: npt.NDArray[np.float64] = np.unique(np.asarray(values, np.float64))
+        line = kinds[got.reshape(len(got), -1)[:, 0]]
+        return line[self._grid.atoms[axis]] if axis in self._grid.atoms else line
 
-        Returns:
-            The axis, and a number for each place along it; None if no or several axes matter.
-        """
-        got = np.zeros(self._grid.shape, np.float64)
-        for fresh, value in zip(self._fresh, values, strict=True):
-            got[fresh] = value
-        axes = [axis for axis in self._grid.atoms if (got != got.take([0], axis=axis)).any()]
-        if len(axes) != 1:
+    def _gets(self, values: Sequence[float]) -> npt.NDArray[Any]:
+        """Per place of the grid, which of the distinct values it gets, by number."""
+        kinds, which = np.unique(np.asarray(values, np.float64), return_inverse=True)
+        got = np.zeros(self._grid.shape, np.min_scalar_type(len(kinds)))
+        for fresh, kind in zip(self._fresh, which.reshape(-1), strict=True):
+            got[fresh] = kind
+        return got
+
+
+def along_one_axis(
+    shape: Shape, regions: Sequence[Region], values: Sequence[float]
+) -> tuple[int, npt.NDArray[np.float64]] | None:
+    """What each element of an array gets, if that depends on its place along one axis alone.
+
+    Args:
+        shape: the shape of the array.
+        regions: regions that together hold all its elements; the first that holds one counts.
+        values: what the elements of each region get.
+
+    Returns:
+        The axis, and a number for each place along it; None if no or several axes matter.
+    """
+    if any(region.masks for region in regions):
+        # A corner rules most masks out, at no cost where the array is large.
+        corner = tuple([min(size, _CORNER) for size in shape])
+        match = FirstMatch(corner, [region.corner() for region in regions])
+        if len(match.varying(values)) > 1:
             return None
-        [axis] = axes
-        line = np.moveaxis(got, axis, 0).reshape(got.shape[axis], -1)[:, 0]
-        return axis, line[self._grid.atoms[axis]]
+    match = FirstMatch(shape, regions)
+    axes = match.varying(values)
+    return (axes[0], match.line(axes[0], values)) if len(axes) == 1 else None
 
 
 def show_vector(vector: Bools) -> str:
