@@ -4,7 +4,6 @@ A layer is what one node of a tree holds directly: a kernel, mostly, and a bias.
 one layer, without the axes along which layers are stacked.
 """
 
-import math
 import re
 from collections.abc import Mapping
 from typing import TypeAlias
@@ -17,11 +16,18 @@ _KERNELS = ("kernel", "w")  # (..., inputs, outputs), unless it is a transposed 
 _VECTORS = ("bias", "b", "scale", "offset")  # outputs last
 _WEIGHT = "weight"
 
-# The names that Linen and Haiku give by themselves to layers whose outputs come last.
-_NAMED_BY_CLASS = re.compile(r"(Conv|ConvLocal|Dense|DenseGeneral)_[0-9]+|conv[123]_d(_[0-9]+)?")
+# The names that Linen and Haiku give by themselves to layers of a known layout.
+_CONVOLUTION = re.compile(r"(Conv|ConvLocal)_[0-9]+|conv[123]_d(_[0-9]+)?")
+_DENSE = re.compile(r"Dense_[0-9]+")
+_GENERAL = re.compile(r"DenseGeneral_[0-9]+")
+_EINSUM = re.compile(r"Einsum(_[0-9]+)?")
 _ATTENTION = ("query", "key", "value", "out")
 
 _ASK = "write axis=, such as axis=-1 for the last"
+_STACKED = (
+    "if these are several layers, say along which axis they are stacked, with "
+    "structure=lrmult.Structure(stacked=...)"
+)
 
 
 def output_axis(
@@ -40,19 +46,42 @@ def output_axis(
     """
     shape = layer[name]
     if name not in (*_KERNELS, *_VECTORS, _WEIGHT):
+        if name.startswith("embedding"):
+            raise AxisError(
+                "it is an embedding; write lrmult.rows(target, index) for its tokens, or axis=-1 "
+                "for its features"
+            )
         known = ", ".join((*_KERNELS, _WEIGHT, *_VECTORS))
         raise AxisError(f"it is called none of {known}; {_ASK}")
     if not shape:
         raise AxisError("it has no axes; name arrays that have")
     if len(shape) == 1:
         return 0
-    if name in _VECTORS:
-        return _of_vector(shape, layer)
     if name == _WEIGHT:
         return _of_weight(shape, layer)
+    if _EINSUM.fullmatch(called):
+        raise AxisError(f"which axes of an Einsum are its outputs is in its code; {_ASK}")
+    bias = layer.get("bias", layer.get("b"))
+    kernel = layer.get("kernel", layer.get("w"))
     attention = called in _ATTENTION and all(other in beside for other in _ATTENTION)
-    last = len(shape) == 2 or attention or _NAMED_BY_CLASS.fullmatch(called) is not None
-    return _of_kernel(shape, layer.get("bias", layer.get("b")), last)
+    several = (attention and kernel is not None and len(kernel) == 3) or _GENERAL.fullmatch(called)
+    if kernel and bias and bias == kernel[-len(bias) :] and len(kernel) > len(bias) > 1:
+        several = not _DENSE.fullmatch(called)  # a DenseGeneral by another name
+    if several:
+        if kernel is None or bias is None or bias == kernel[-len(bias) :]:
+            return len(shape) - 1
+        raise AxisError(f"its bias is not as its kernel; {_ASK}, or {_STACKED}")
+    if name in _VECTORS:
+        return _of_vector(shape, layer)
+    if bias is not None and len(_wide(bias)) > 1:
+        raise AxisError(f"its bias has several axes; {_ASK}, or {_STACKED}")
+    is_known = len(shape) == 2 or _CONVOLUTION.fullmatch(called) is not None
+    return _of_kernel(shape, bias, is_known)
+
+
+def _wide(shape: Shape) -> list[int]:
+    """The axes that have more than one place."""
+    return [axis for axis, size in enumerate(shape) if size > 1]
 
 
 def outputs_first(name: str, shape: Shape, most: int) -> int:
@@ -65,10 +94,7 @@ def outputs_first(name: str, shape: Shape, most: int) -> int:
         raise AxisError(f"a layer of Equinox holds a weight and a bias; {_ASK}")
     expected = most if name == _WEIGHT else most - 1
     if len(shape) != expected:
-        raise AxisError(
-            f"in such a layer it has {expected} axes; if these are several layers, say along which "
-            "axis they are stacked, with structure=lrmult.Structure(stacked=...)"
-        )
+        raise AxisError(f"in such a layer it has {expected} axes; {_STACKED}")
     return 0
 
 
@@ -98,42 +124,38 @@ def layer_axis(name: str, layer: Mapping[str, Shape], axis: int) -> int:
 
 
 def _of_vector(shape: Shape, layer: Mapping[str, Shape]) -> int:
-    """Of a bias or a scale with several axes."""
-    wide = [axis for axis, size in enumerate(shape) if size > 1]
+    """Of a bias or a scale with several axes, only one of which may matter."""
+    wide = _wide(shape)
+    if len(wide) > 1:
+        raise AxisError(f"it has several axes; {_ASK}, or {_STACKED}")
     if _WEIGHT in layer:
         if len(layer[_WEIGHT]) == len(shape) + 1 and set(wide) <= {0}:
-            return 0  # Equinox: (out, 1, 1) beside (out, in, 3, 3)
-        raise AxisError(f"its output axis is not known; {_ASK}")
-    if any(kernel in layer for kernel in _KERNELS):
-        # (out, 1, 1) in Haiku's convolutions that hold channels first
-        return wide[0] if len(wide) == 1 and wide[0] == 0 else len(shape) - 1
-    if len(wide) > 1:
-        raise AxisError(f"it has several axes and stands beside no kernel; {_ASK}")
+            return 0  # PyTorch: (out, 1, 1) beside (out, in, 3, 3)
+        raise AxisError(f"nothing tells which of its axes is that of the outputs; {_ASK}")
     return wide[0] if wide else len(shape) - 1
 
 
-def _of_kernel(shape: Shape, bias: Shape | None, is_last: bool) -> int:
-    """Of a kernel; `is_last` if it cannot be that of a transposed convolution.
+def _of_kernel(shape: Shape, bias: Shape | None, is_known: bool) -> int:
+    """Of a kernel; `is_known` if it cannot be that of a transposed convolution.
 
     Those are what an array does not tell by itself: their outputs are the last axis but one.
     """
     last = len(shape) - 1
     if not bias:
-        if is_last or shape[last] == shape[last - 1] == 1:
+        if is_known or shape[last] == shape[last - 1] == 1:
             return last
         raise AxisError(
             "there is no bias that could tell its outputs from its inputs, which a transposed "
-            "convolution may hold last; write axis=-1 if the outputs are last, axis=-2 if not"
+            "convolution may hold last; write axis=-1 if the outputs are last, axis=-2 if not; or "
+            f"{_STACKED}"
         )
-    if len(bias) > 1 and bias == shape[-len(bias) :]:
-        return last  # outputs with several axes: attention, DenseGeneral
-    size = max(bias) if max(bias) == math.prod(bias) else bias[-1]
+    size = max(bias)
     found = [axis for axis in (last, last - 1) if shape[axis] == size]
-    if is_last and last not in found:
-        found = []
+    if is_known:
+        found = [axis for axis in found if axis == last]
     if not found:
         raise AxisError(f"its bias has {size} outputs, which its shape does not bear out; {_ASK}")
-    if len(found) == 1 or is_last or size == 1:
+    if len(found) == 1 or size == 1:
         return found[0]
     raise AxisError(
         f"its last two axes are both of size {size}, and a transposed convolution may hold its "

@@ -313,8 +313,8 @@ class _Walk:
             return f"{seen} has no children for a position to count"
         return (
             f"{self.tree.show(leaves[0])} is an array, and has no children for a position to "
-            "count; leave the position out for the whole array, or write lrmult.along(...) for "
-            "part of it"
+            "count; leave the position out for the whole array, or write lrmult.rows(target, "
+            "index) or lrmult.along(target, axis, index) for part of it"
         )
 
     def _stems(self, node: int) -> dict[str, list[str]]:

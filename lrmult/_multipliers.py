@@ -143,5 +143,5 @@ def show_multiplier(multiplier: Any) -> str:
         return f"run-time {multiplier.dtype}[{','.join(map(str, multiplier.shape))}]"
     if is_schedule(multiplier):
         name = getattr(multiplier, "__qualname__", type(multiplier).__name__)
-        return f"schedule {name.replace('.<locals>', '')}"
+        return f"schedule {name.replace('.<locals>', '').removesuffix('.<lambda>')}"
     return show(multiplier)

@@ -92,18 +92,20 @@ def select(index: Index, size: int, axis: str) -> Bools:
             )
     elif isinstance(index, Span):
         chosen[slice(*index)] = True
-        if size == 0:
-            return chosen  # any slice of nothing is all of it
     else:
         places = (index,) if isinstance(index, int) else index
         for place in places:
             if not -size <= place < size:
                 raise IndexRangeError(
-                    f"the index {place} is out of range for {axis}, which has size {size}"
+                    f"the index {place} is out of range for {axis}, which has size {size}; write "
+                    f"{f'ints from {-size} to {size - 1}' if size else 'another target'}"
                 )
         chosen[list(places)] = True
-    if not chosen.any():
-        raise IndexRangeError(f"its index selects nothing on {axis}, which has size {size}")
+    if size and not chosen.any():
+        raise IndexRangeError(
+            f"its index selects nothing on {axis}, which has size {size}; write another, or mark "
+            "the rule with lrmult.optional if that may happen"
+        )
     return chosen
 
 
@@ -289,7 +291,8 @@ class FirstMatch:
         got = np.moveaxis(self._gets(values), axis, 0)
         kinds: npt.NDArray[np.float64] = np.unique(np.asarray(values, np.float64))
         line = kinds[got.reshape(len(got), -1)[:, 0]]
-        return line[self._grid.atoms[axis]] if axis in self._grid.atoms else line
+        places = self._grid.atoms.get(axis, np.arange(len(line)))
+        return np.asarray(line[places], np.float64)
 
     def _gets(self, values: Sequence[float]) -> npt.NDArray[Any]:
         """Per place of the grid, which of the distinct values it gets, by number."""

@@ -11,10 +11,10 @@ import numpy as np
 from lrmult._claims import Pieces
 from lrmult._multipliers import Dynamic, Multiplier
 from lrmult._parts import Parts, values_of
-from lrmult._regions import WHOLE, Mask, Region, Shape, spread
+from lrmult._regions import WHOLE, Bools, Mask, Region, Shape, spread
 
-# What a vector may cost as a constant of a compiled program, in bytes; longer ones are packed.
-_LARGEST_VECTOR = 2**16
+# Longer vectors are no constants of a compiled program as they stand.
+_LONG = 2**15
 
 
 class Scale(NamedTuple):
@@ -50,8 +50,8 @@ def scales_of(shape: Shape, pieces: Pieces, multipliers: Sequence[Multiplier]) -
         return tuple(scales)
     frozen = values == 0
     distinct = np.unique(values[~frozen])
-    if len(distinct) > 1 and values.size * 4 > _LARGEST_VECTOR:
-        return tuple(scales)
+    if 1 < len(distinct) <= 16 and values.size > _LONG // 4:
+        return tuple(scales)  # by vectors of bools, which are smaller
     axis = int(np.argmax(values.shape))
     rest = Scale(WHOLE, float(distinct[0]) if len(distinct) == 1 else np.where(frozen, 1.0, values))
     if not frozen.any():
@@ -91,7 +91,7 @@ def scale(
     dynamic = [values[s.factor.number] for s in scales if isinstance(s.factor, Dynamic)]
     differentiable = any(value.is_zero is None for value in dynamic)
     parts = [_part(s, dtype, values, packed) for s in scales]
-    return (_scale_eagerly if eager else _scale)(update, parts, differentiable)
+    return _scale(update, parts, differentiable)
 
 
 class _Part(NamedTuple):
@@ -112,8 +112,26 @@ def _part(
         factor, is_zero = values[factor.number]
     if not isinstance(factor, float | None):
         factor = factor.astype(_computed_in(dtype))
+    vectors = {axis: _compact(vector) for axis, vector in scale.region.vectors.items()}
     masks = tuple([packed[mask] for mask in scale.region.masks])
-    return _Part(scale.region.vectors, masks, factor, is_zero)
+    return _Part(vectors, masks, factor, is_zero)
+
+
+def _compact(vector: Bools) -> np.ndarray[Any, Any]:
+    """A boolean vector as it is, or if it is long: the edges of its few runs (int32), or bits."""
+    if vector.size <= _LONG:
+        return vector
+    edges = np.flatnonzero(np.diff(vector, prepend=False, append=False))
+    return edges.astype(np.int32) if len(edges) <= 16 else np.packbits(vector)
+
+
+def _expanded(vector: Any, size: int) -> Any:
+    if vector.dtype == np.uint8:
+        return _unpacked(vector, size)
+    if vector.dtype == np.bool_:
+        return vector
+    place = jax.lax.iota(np.int32, size)
+    return functools.reduce(jnp.logical_xor, [place >= edge for edge in vector])
 
 
 def _computed_in(dtype: Any) -> Any:
@@ -122,6 +140,7 @@ def _computed_in(dtype: Any) -> Any:
     return np.zeros((), dtype).real.dtype if wide else np.dtype(np.float32)
 
 
+@functools.partial(jax.jit, static_argnums=2, inline=True)
 def _scale(update: Any, parts: Sequence[_Part], differentiable: bool) -> Any:
     factor: Any = 1.0
     zero: Any = False
@@ -150,9 +169,7 @@ def _here(part: _Part, shape: Shape) -> Any:
     """Where a part lies, in a shape that broadcasts; None if it is the whole array."""
     found: Any = None
     for axis, vector in part.vectors.items():
-        if vector.size > _LARGEST_VECTOR:
-            vector = _unpacked(np.packbits(vector), vector.size)
-        along = spread(vector, axis, len(shape))
+        along = spread(_expanded(vector, shape[axis]), axis, len(shape))
         found = along if found is None else jnp.logical_and(found, along)
     for bits in part.packed:
         mask = _unpacked(bits, shape[-1])
@@ -191,7 +208,6 @@ def _no_update(update: Any) -> Any:
 
 
 _times_eagerly = jax.jit(_times)
-_scale_eagerly = functools.partial(jax.jit, static_argnums=2)(_scale)
 
 
 @jax.jit

@@ -117,6 +117,9 @@ def add_structure(tree: ParamTree, structure: Structure) -> None:
                 )
         if below[node]:
             tree.stack(node, axis, _layers(tree, below[node], path, axis))
+        else:  # all that was there has been cut out, and its layers with it
+            tree.holes.add(node)
+            tree.cut.add(node)
 
 
 def _may_be_cut_out(tree: ParamTree, segments: tuple[str, ...]) -> bool:

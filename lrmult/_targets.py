@@ -117,9 +117,11 @@ def along(target: Target, axis: int, index: Any) -> Part:
 def rows(target: Target, index: Any) -> Part:
     """Name rows of arrays, such as those of new tokens in an embedding.
 
+    What is frozen keeps its place in the state of the optimizer.
+
     Args:
         target: any target.
-        index: as for `along`.
+        index: as for `along`; a tuple of two ints is two rows, no span.
 
     Returns:
         A target for a rule: that of ``along(target, 0, index)``.
@@ -150,7 +152,8 @@ def neurons(target: Target, index: Any, axis: int | None = None) -> Part:
 
     Where that is not known, `axis` must be given: for embeddings and other names, and for kernels
     of three and more axes whose bias does not tell it (there is none, or the last two axes are of
-    one size: a transposed convolution may hold its outputs in the last axis but one).
+    one size: a transposed convolution may hold its outputs in the last axis but one). Layers that
+    are stacked must be known as such: see `Structure`.
 
     Args:
         target: any target, a part too.
@@ -286,8 +289,11 @@ def _show_index(index: Index) -> str:
         return f"slice({', '.join(map(str, ends))})"
     if isinstance(index, int):
         return str(index)
-    shown = [*map(str, index[:6]), "..."] if len(index) > 8 else map(str, index)
-    return f"[{', '.join(shown)}]"
+    if len(index) > 8:
+        if index == tuple(range(index[0], index[-1] + 1)):
+            return f"range({index[0]}, {index[-1] + 1})"
+        return f"[{', '.join(map(str, index[:4]))}, ... {index[-1]}: {len(index)} ints]"
+    return f"[{', '.join(map(str, index))}]"
 
 
 def read_target(target: Target) -> tuple[Selector, tuple[Restriction, ...]]:

@@ -147,7 +147,7 @@ def _values(rules: Rules, step: Any) -> dict[int, Value]:
             found[dynamic.number] = Value(multiplier)
             continue
         value = jnp.asarray(multiplier(step))
-        if value.shape != () or not jnp.issubdtype(value.dtype, jnp.number):
+        if value.shape != () or value.dtype.kind not in "fiuV":  # V: bfloat16 and its like
             raise MultiplierError(
                 f"the {show_multiplier(multiplier)} gave {show(value)}, which is not one number"
             )

@@ -9,12 +9,17 @@ to parse. A structure is a tuple of parts:
 * an int or a slice: children by position.
 
 A glob is a tuple of pieces: a literal str, `STAR`, or a list of globs of which any may fit. Instead
-of a structure, a target may be a compiled regular expression or a predicate, as in the package.
+of a structure, a target may be a compiled regular expression or a predicate, as in the package, and
+`Along`, `Neurons` and `Elements` are the parts of what another target selects.
+
+Nothing is factored: what a rule selects is one bool per element of every array.
 """
 
 import dataclasses
 import re
 from typing import Any
+
+import numpy as np
 
 STAR = None
 
@@ -25,29 +30,86 @@ class Name:
     at: Any = None
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Along:
+    target: Any
+    axis: int
+    index: Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Neurons:
+    target: Any
+    index: Any
+    axis: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Elements:
+    target: Any
+    mask: Any
+
+
 @dataclasses.dataclass(eq=False)
 class Node:
+    """A node of a tree, with its layers if it is a stack.
+
+    Below a stack, `stacks` are the axes along which layers lie; in a layer, `where` says on which
+    of them and where it is.
+    """
+
     path: tuple
     children: dict = dataclasses.field(default_factory=dict)
     leaf: Any = None
     hole: bool = False
+    layers: dict | None = None
+    stacks: list = dataclasses.field(default_factory=list)
+    where: tuple = ()
 
     def below(self):
         """This node and all below it."""
         return [self, *(node for child in self.children.values() for node in child.below())]
+
+    def narrowed(self, place):
+        """A copy of this node and all below it, at one more place (axis, number)."""
+        children = {name: child.narrowed(place) for name, child in self.children.items()}
+        layers, where = self.layers, (*self.where, place)
+        if layers is not None:
+            layers = {number: layer.narrowed(place) for number, layer in layers.items()}
+        return dataclasses.replace(self, children=children, layers=layers, where=where)
+
+    def cells(self):
+        """Which elements of its array are meant."""
+        mask = everything(self.leaf)
+        for axis, number in self.where:
+            mask = mask & along(self.leaf, axis, number)
+        return mask
 
 
 class RefusedError(Exception):
     """Two leaves of one path, or a leaf above another: rules cannot speak of such a tree."""
 
 
-def grow(tree):
+class FailedError(Exception):
+    """What is wrong with a part of an array, by its kinds."""
+
+
+def grow(tree, stacked=()):
     """Turn containers into nodes by segment; the root, and the leaves as `jax.tree.leaves` does."""
     root, leaves = Node(()), []
     _grow(root, tree, leaves)
     for leaf in leaves:
         if leaf.children:
             raise RefusedError(leaf.path)
+    # The innermost first, since a layer of a stack holds the stacks that are below it.
+    for path, axis in sorted(dict(stacked).items(), key=lambda item: -len(item[0])):
+        node = root
+        for segment in path.split("/") if path else []:
+            node = node.children[segment]
+        for below in node.below():
+            below.stacks.append(axis)
+        sizes = {leaf.leaf.shape[axis] for leaf in node.below() if leaf.leaf is not None}
+        node.layers = {i: node.narrowed((axis, i)) for size in sizes for i in range(size)}
     return root, leaves
 
 
@@ -104,7 +166,9 @@ def underscored(node, name):
 
 
 def order(node):
-    """The children by number, if all are keyed by ints or named with one stem and a number."""
+    """The layers, or the children if all are keyed by ints or named with one stem and a number."""
+    if node.layers is not None:
+        return node.layers
     families = [numbered(node, stem(name)) for name in node.children]
     families += [underscored(node, name) for name in node.children if name]
     return next((dict(f) for f in families if len(dict(f)) == len(node.children)), {})
@@ -147,7 +211,7 @@ class Match:
             for child in node.children.values():
                 self.find(child, parts)
         elif not isinstance(part, Name):
-            self.pick(order(node), part, rest)
+            self.pick_below(node, part, rest)
         elif part.at is None:
             for name, child in node.children.items():
                 if fits(part.glob, name):
@@ -167,10 +231,17 @@ class Match:
         clear = not (under and plain) and len(dict(members)) == len(members)
         if child:
             self.in_hole |= child.hole
-        if child and order(child):
-            self.pick(order(child), position, rest)
+        if child and (order(child) or child.layers is not None):
+            self.pick_below(child, position, rest)
         elif child or members:
             self.pick(dict(members) if clear else {}, position, rest)
+
+    def pick_below(self, node, position, rest):
+        if node.layers == {}:  # nobody knows how many layers the holes of a stack had
+            self.in_hole |= all(below.leaf is None for below in node.below())
+            self.failures.add("range")
+        else:
+            self.pick(order(node), position, rest)
 
     def pick(self, numbers, position, rest):
         if not numbers:
@@ -183,42 +254,243 @@ class Match:
             self.find(numbers[number], rest)
 
 
-def interpret(rules, tree):
+def everything(leaf):
+    """Every element of an array; an empty array counts as one element."""
+    return np.full(leaf.shape if leaf.size else (), True)
+
+
+def along(leaf, axis, index):
+    """The elements of an array whose place along an axis is in the index."""
+    if not -leaf.ndim <= axis < leaf.ndim:
+        raise FailedError("axis")
+    chosen = places(index, leaf.shape[axis])
+    if not leaf.size:
+        return everything(leaf)
+    return np.isin(np.indices(leaf.shape)[axis], chosen)
+
+
+def places(index, size):
+    """The places that an index stands for along an axis."""
+    if isinstance(index, slice):
+        chosen = [*range(size)[index]]
+    elif isinstance(index, int):
+        chosen = [index]
+    elif isinstance(index, np.ndarray):
+        if len(index) != size:
+            raise FailedError("mask")
+        chosen = [place for place in range(size) if index[place]]
+    else:
+        chosen = [*index]
+    whole = isinstance(index, slice) and not size
+    if not all(-size <= place < size for place in chosen) or not (chosen or whole):
+        raise FailedError("range")
+    return [place % size for place in chosen]
+
+
+def output_axis(name, shapes):
+    """The axis of the output units in one array of a layer, by the names and shapes in it."""
+    shape = shapes[name]
+    last = len(shape) - 1
+    if name == "weight":
+        fit = [axis for axis, size in enumerate(shape) if (size,) == shapes.get("bias")]
+        if len(fit) == 1:
+            return fit[0]
+    kernel = name in ("kernel", "w")
+    beside = not {"kernel", "w"}.isdisjoint(shapes)  # attention: (heads, head size)
+    if name in ("bias", "b", "scale", "offset") and shape and (last == 0 or beside):
+        return last
+    bias = shapes.get("bias" if name == "kernel" else "b", ())
+    if kernel and len(bias) > 1 and shape[-len(bias) :] == bias:
+        return last
+    if kernel and shape and last < 2 and bias in ((), shape[-1:]):
+        return last
+    if kernel and last > 1 and len(bias) == 1 and shape[last - 1] != shape[last]:
+        fit = [axis for axis in (last - 1, last) if shape[axis] == bias[0]]
+        if fit:
+            return fit[0]
+    raise FailedError("axis")
+
+
+def given_axis(shape, most, axis):
+    """The axis of an array that goes with a given axis of the array that has the most."""
+    if shape and -most <= axis < most:
+        if len(shape) == 1:
+            return 0
+        if axis % most - most >= -len(shape):
+            return axis % most - most + len(shape)
+    raise FailedError("axis")
+
+
+def neurons(path, selected, leaves, axis, index):
+    """The elements of output units; all that is selected in a layer has the same number of them."""
+    held = {other: leaf for other, leaf in leaves.items() if other[:-1] == path[:-1]}
+    # Names and ranks are those of one layer, where layers are stacked.
+    free = {
+        path: [axis for axis in range(leaf.leaf.ndim) if axis not in leaf.stacks]
+        for path, leaf in held.items()
+    }
+    shapes = {path: tuple([held[path].leaf.shape[a] for a in free[path]]) for path in held}
+    names = {"".join(path[-1:]): shape for path, shape in shapes.items()}
+    if axis is not None:
+        largest = max(held, key=lambda path: held[path].leaf.ndim)
+        rank = held[largest].leaf.ndim
+        if not -rank <= axis < rank or axis % rank not in free[largest]:
+            raise FailedError("axis")
+        axis = free[largest].index(axis % rank)
+    masks, sizes, failures = {}, set(), []
+    for other in held:
+        if other in selected:
+            try:
+                if axis is None:
+                    place = output_axis("".join(other[-1:]), names)
+                else:
+                    place = given_axis(shapes[other], max(map(len, free.values())), axis)
+                sizes.add(shapes[other][place])
+                masks[other] = along(held[other].leaf, free[other][place], index)
+            except FailedError as error:
+                failures += error.args
+    if len(sizes) > 1:
+        failures.append("axis")
+    if failures:
+        raise FailedError(*failures)
+    return masks[path]
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What a target selects, and what stood in the way of more.
+
+    Attributes:
+        masks: the elements by the path of their array.
+        wild: whether arrays that have no such axis or place are passed over.
+        in_hole: whether it could match inside a hole.
+        skipped: the kinds of what was passed over.
+        problems: the kinds of what must not be passed over.
+    """
+
+    masks: dict
+    wild: bool
+    in_hole: bool
+    skipped: set
+    problems: set
+
+
+def select(target, root, leaves):
+    """Find what a target selects, given the leaves by path."""
+    if isinstance(target, Along | Neurons | Elements):
+        return select_part(target, select(target.target, root, leaves), leaves)
+    if isinstance(target, tuple):
+        match = Match(root, target)
+        masks = {}
+        for node in match.nodes:
+            if node.leaf is not None:
+                masks[node.path] = masks.get(node.path, False) | node.cells()
+        skipped = set() if masks else match.failures
+        problems = {"position"} if match.unknowable else set()
+        return Found(masks, is_wild(target), match.in_hole, skipped, problems)
+    masks = {}
+    for path, node in leaves.items():
+        text = "/".join(path)
+        if target.fullmatch(text) if isinstance(target, re.Pattern) else target(text, node.leaf):
+            masks[path] = everything(node.leaf)
+    return Found(masks, True, any(node.hole for node in root.below()), set(), set())
+
+
+def is_wild(parts):
+    """Whether a structure has wildcards; braces that leave no choice are none."""
+    return ... in parts or any(
+        isinstance(part, Name) and len(spelled(part.glob)) != 1 for part in parts
+    )
+
+
+def spelled(glob):
+    """The texts that a glob fits; none if it has a star, as if they were too many."""
+    texts = {""}
+    for piece in glob:
+        if piece is STAR:
+            return set()
+        options = {piece} if isinstance(piece, str) else [spelled(option) for option in piece]
+        if not isinstance(piece, str):
+            options = set().union(*options) if all(options) else set()
+        texts = {text + option for text in texts for option in options}
+    return texts
+
+
+def select_part(target, whole, leaves):
+    """The part of what another target selects."""
+    masks, skipped, problems = {}, set(whole.skipped), set(whole.problems)
+    for path, mask in whole.masks.items():
+        leaf = leaves[path].leaf
+        try:
+            masks[path] = mask & part(target, path, leaf, whole.masks, leaves)
+        except FailedError as error:
+            hard = {"mask"} if isinstance(target, Along) else {"mask", "axis"}
+            hard = hard if whole.wild else {"mask", "axis", "range"}
+            skipped |= {*error.args} - hard
+            if hard & {*error.args}:
+                problems |= hard & {*error.args}
+                masks[path] = mask  # more may be wrong with it
+    return dataclasses.replace(whole, masks=masks, skipped=skipped, problems=problems)
+
+
+def part(target, path, leaf, selected, leaves):
+    """The part of one array."""
+    if isinstance(target, Elements):
+        if target.mask.shape != leaf.shape:
+            raise FailedError("mask")
+        return target.mask if leaf.size else everything(leaf)
+    if isinstance(target, Neurons):
+        return neurons(path, selected, leaves, target.axis, target.index)
+    return along(leaf, target.axis, target.index)
+
+
+def interpret(rules, tree, stacked=()):
     """Interpret (target, multiplier, optional) rules.
 
     Returns:
-        The multipliers and the indices of the claiming rules, in the order of `jax.tree.leaves`,
-        and per rule "ok", "unmatched", "shadowed", "position" (no order, or not to be known), or
-        "range".
+        The indices of the claiming rules, an array per leaf in the order of `jax.tree.leaves`, with
+        -1 where no rule claims; and per rule the verdicts that are right: "ok", "unmatched",
+        "shadowed", "position" (no order, or not to be known), "range", "axis", or "mask". There are
+        several where a rule is wrong in several ways.
     """
-    root, leaves = grow(tree)
-    any_hole = any(node.hole for node in root.below())
-    claims = dict.fromkeys(leaves)
+    root, leaves = grow(tree, stacked)
+    leaves = {leaf.path: leaf for leaf in leaves}
+    claims = {path: np.where(everything(leaf.leaf), -1, 0) for path, leaf in leaves.items()}
     verdicts = []
     for index, (target, _, optional) in enumerate(rules):
-        failures, unknowable, forgiven, closing = set(), False, any_hole, False
-        if isinstance(target, re.Pattern):
-            found = [leaf for leaf in leaves if target.fullmatch("/".join(leaf.path))]
-        elif callable(target):
-            found = [leaf for leaf in leaves if target("/".join(leaf.path), leaf.leaf)]
+        found = select(target, root, leaves)
+        if found.problems:
+            forgiven = {"range"} if optional else set()
+            verdicts.append({"ok" if kind in forgiven else kind for kind in found.problems})
+            continue
+        fresh = {path: mask & (claims[path] == -1) for path, mask in found.masks.items()}
+        for path, mask in fresh.items():
+            claims[path][mask] = index
+        last = all(optional for _, _, optional in rules[index:][1:])
+        closing = last and isinstance(target, tuple) and all(part is ... for part in target)
+        if any(mask.any() for mask in fresh.values()) or found.in_hole or closing:
+            verdict = {"ok"}
+        elif any(mask.any() for mask in found.masks.values()):
+            verdict = {"shadowed"}
         else:
-            match = Match(root, target)
-            found = [node for node in match.nodes if node.leaf is not None]
-            failures, unknowable, forgiven = match.failures, match.unknowable, match.in_hole
-            last = all(optional for _, _, optional in rules[index:][1:])
-            closing = last and all(part is ... for part in target)
-        fresh = [leaf for leaf in found if claims[leaf] is None]
-        claims.update(dict.fromkeys(fresh, index))
-        if unknowable:
-            verdict = "position"
-        elif found:
-            verdict = "ok" if fresh or closing or optional or forgiven else "shadowed"
-        elif forgiven or closing:
-            verdict = "ok"
-        elif failures == {"position"}:
-            verdict = "position"
-        else:
-            verdict = "ok" if optional else "range" if failures else "unmatched"
-        verdicts.append(verdict)
-    multipliers = [1.0 if i is None else float(rules[i][1] or 0.0) for i in claims.values()]
-    return multipliers, list(claims.values()), verdicts
+            # What was passed over is wrong if nothing is left; or the arrays that are left are.
+            missing = [kind for kind in ("range", "axis", "position") if kind in found.skipped]
+            verdict = {*missing[:1], *(["unmatched"] if found.masks or not missing else [])}
+        forgiven = {"range", "unmatched", "shadowed"} if optional else set()
+        verdicts.append({"ok" if kind in forgiven else kind for kind in verdict})
+    return list(claims.values()), verdicts
+
+
+def errors(verdicts, passed=()):
+    """The kinds of error of which one must be raised; "ok" among them if none need be."""
+    kinds = set()
+    for verdict in verdicts:
+        kinds |= verdict - {"ok", *passed}
+        if not verdict & {"ok", *passed}:
+            return kinds
+    return kinds | {"ok"}
+
+
+def dense(claims, values):
+    """What each element gets from the rule that claims it, by the rule's index; 1 without one."""
+    return np.array([1.0, *values])[claims + 1]

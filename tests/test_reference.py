@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import lrmult as lm
-from tests.reference import STAR, Name, RefusedError, grow, interpret, numbered
+from tests.reference import STAR, Name, RefusedError, dense, errors, grow, interpret, numbered
 
 # HYPOTHESIS_PROFILE=explore tries other cases at every run, and ten times as many.
 EXPLORE = os.environ.get("HYPOTHESIS_PROFILE") == "explore"
@@ -24,6 +24,8 @@ ERRORS = {
     "shadowed": lm.ShadowedRuleError,
     "position": lm.PositionError,
     "range": lm.IndexRangeError,
+    "axis": lm.AxisError,
+    "mask": lm.MaskError,
 }
 
 
@@ -136,12 +138,16 @@ def globs(draw, text):
 def structures(draw, root):
     """A structured target that matches something, mostly."""
     path = draw(st.sampled_from(root.below())).path
-    parts = []
+    node, parts = root, []
+    if node.layers and draw(st.booleans()):
+        parts.append(draw(positions))
     while path:
         segment, path = path[0], path[1:]
+        node = node.children[segment]
         number = re.search("[0-9]*$", segment)[0]
         kinds = ["name", "name", "name", "deep", "skip"]
         kinds += ["family", "family", "at"] * bool(number) + ["index", "index"] * bool(path)
+        kinds += ["layer"] * 15 * bool(node.layers)
         kind = draw(st.sampled_from(kinds))
         if kind == "name":
             parts.append(Name(draw(globs(segment))))
@@ -149,6 +155,9 @@ def structures(draw, root):
             parts += [..., Name(draw(globs(segment)))]
         elif kind == "skip":
             parts.append(...)
+        elif kind == "layer":
+            part = Name(draw(globs(segment)), draw(positions))
+            parts += draw(st.sampled_from([[part], [part], [..., part], [..., part.at]]))
         elif kind == "at":
             parts.append(draw(st.one_of(st.just(int(number[-2:])), positions)))
         elif kind == "family":
@@ -158,7 +167,7 @@ def structures(draw, root):
             parts.append(Name(draw(globs(stem)), position))
         else:
             parts.append(Name(draw(globs(segment)), draw(positions)))
-            path = path[1:]
+            node, path = node.children[path[0]], path[1:]
     if draw(st.integers(0, 9)) == 0:
         parts.append(draw(st.one_of(positions, st.just(...), segments.map(lambda s: Name((s,))))))
     return tuple(parts) or (...,)
@@ -297,40 +306,43 @@ def test_compile_rules_agrees_with_the_interpreter(tree, data):
         check_list([rule], [text], tree)
 
 
-def check_list(structured, written, tree):
-    expected, claims, verdicts = interpret(structured, tree)
-    bad = [verdict for verdict in verdicts if verdict != "ok"]
-    raised, plan = outcome(written, tree, strict=True)
-    assert raised == bad[:1]
-    if not bad:
-        check_plan(plan, expected, claims, tree)
+def check_list(structured, written, tree, stacked=(), check=None):
+    claims, verdicts = interpret(structured, tree, stacked)
+    check = check or check_plan
+    raised, plan = outcome(written, tree, stacked, strict=True)
+    assert raised in errors(verdicts)
+    if plan:
+        check(plan, structured, claims, tree)
         return
-    hard = [verdict for verdict in bad if verdict in ("position", "range")]
+    passed = ("unmatched", "shadowed")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        raised, plan = outcome(written, tree, strict=False)
-    assert raised == hard[:1]
-    if not hard:
-        check_plan(plan, expected, claims, tree)
-        assert len(caught) == len(bad)
+        raised, plan = outcome(written, tree, stacked, strict=False)
+    assert raised in errors(verdicts, passed)
+    if plan:
+        check(plan, structured, claims, tree)
+        assert len(caught) == sum(verdict <= {*passed} for verdict in verdicts)
 
 
-def outcome(rules, tree, strict):
-    """The kind of error that the package raises, in a list, or its plan."""
+def outcome(rules, tree, stacked=(), *, strict):
+    """The kind of error that the package raises, or "ok" and its plan."""
+    options = {"structure": lm.Structure(stacked=stacked)} if stacked else {}
     try:
-        return [], lm.compile_rules(rules, tree, strict=strict)
+        return "ok", lm.compile_rules(rules, tree, strict=strict, **options)
     except lm.LrmultError as error:
         # A range error is a position error too: the more special class comes last in ERRORS.
-        return [kind for kind, known in ERRORS.items() if isinstance(error, known)][-1:], None
+        return [kind for kind, known in ERRORS.items() if isinstance(error, known)][-1], None
 
 
-def check_plan(plan, expected, claims, tree):
+def check_plan(plan, structured, claims, tree):
+    claims = [claim.item(0) for claim in claims]  # without parts a rule claims whole arrays
+    expected = [float(dense(claim, [rule[1] or 0.0 for rule in structured])) for claim in claims]
     assert jax.tree.structure(plan.multipliers) == jax.tree.structure(tree)
     assert [repr(value) for value in jax.tree.leaves(plan.multipliers)] == [*map(repr, expected)]
     assert jax.tree.leaves(plan.frozen) == [value == 0 for value in expected]
     assert jax.tree.leaves(plan.trainable) == [value != 0 for value in expected]
     found = [[claim.index for claim in leaf.rules] for leaf in plan.leaves]
-    assert found == [[] if claim is None else [claim] for claim in claims]
+    assert found == [[] if claim == -1 else [claim] for claim in claims]
 
 
 characters = st.sampled_from(["a", "b", "ab", "ba", ",", "*", "\\", "{", "\0", "\n"])
@@ -461,7 +473,7 @@ def compiled_lists(draw):
     """A tree and a list of rules that can be compiled for it."""
     tree = draw(trees)
     rules = lm.optional(draw(rule_lists(known(tree)))[1])
-    return tree, [rule for rule in rules if not outcome([rule], tree, strict=True)[0]]
+    return tree, [rule for rule in rules if outcome([rule], tree, strict=True)[1]]
 
 
 def answers(rules, tree):
@@ -563,7 +575,7 @@ def test_what_is_left_of_a_tree_gets_what_it_got_in_the_whole(case, data):
     strict = []
     for target, multiplier in rules:
         rule = (target, multiplier)
-        strict += [rule] * (not outcome([*strict, rule], tree, strict=True)[0])
+        strict += [rule] * bool(outcome([*strict, rule], tree, strict=True)[1])
     expected = answers(strict, tree)
     part = holed(tree, lambda: data.draw(st.integers(0, 3)) == 0)
     for node in known(part).below():
