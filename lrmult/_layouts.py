@@ -64,7 +64,8 @@ def output_axis(
     bias = layer.get("bias", layer.get("b"))
     kernel = layer.get("kernel", layer.get("w"))
     attention = called in _ATTENTION and all(other in beside for other in _ATTENTION)
-    several = (attention and kernel is not None and len(kernel) == 3) or _GENERAL.fullmatch(called)
+    several = _GENERAL.fullmatch(called) is not None
+    several |= attention and kernel is not None and len(kernel) == 3
     if kernel and bias and bias == kernel[-len(bias) :] and len(kernel) > len(bias) > 1:
         several = not _DENSE.fullmatch(called)  # a DenseGeneral by another name
     if several:

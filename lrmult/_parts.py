@@ -114,10 +114,11 @@ def describe(
 ) -> str:
     """What the parts of an array get, on one line: ``[:, 0:3] frozen; rest 0.1``."""
     merged = _merged(shape, [*zip(pieces, texts, strict=True)])
-    shown = [
-        f"{_place(shape, piece.region, piece.count, set(stacked))} {text}".strip()
-        for piece, text in merged
-    ]
+    shown = []
+    for piece, text in merged:
+        place = _place(shape, piece.region, piece.count, set(stacked))
+        colon = ":" * (place[-1:].isdigit() and text[:1].isdigit())  # layer 11 of 12: 2
+        shown.append(f"{place}{colon} {text}".strip())
     if len(merged) > 1 and merged[-1][0].region.is_whole:
         shown[-1] = f"rest {shown[-1]}"
     if len(shown) > _MOST_PIECES + 1:
