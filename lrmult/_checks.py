@@ -1,6 +1,6 @@
 """The strict checks: a rule that says nothing, or can never be heard, is a mistake."""
 
-from lrmult._claims import Matched, Pieces
+from lrmult._claims import Matched, Pieces, claiming_rules
 from lrmult._errors import (
     IndexRangeError,
     ShadowedRuleError,
@@ -34,7 +34,7 @@ def check(
         ShadowedRuleError: if earlier rules claim all that a rule matches.
     """
     matching = {rule for row in set(matched.rows) for rule in row}
-    claiming = {piece.rule for pieces in set(claims) for piece in pieces}
+    claiming = claiming_rules(claims)
     warnings = []
     for index, rule in enumerate(rules):
         error = matches.errors.get(index, matched.errors.get(index))

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Iterable
+from typing import TypeAlias
 
 from lrmult._errors import (
     AxisError,
@@ -34,7 +36,13 @@ class Piece:
     count: int | None = None
 
 
-Pieces = tuple[Piece, ...]
+Pieces: TypeAlias = tuple[Piece, ...]
+
+
+def claiming_rules(claims: Iterable[Pieces]) -> set[int | None]:
+    """The rules that have at least one element; None is among them if no rule has some."""
+    distinct = {id(pieces): pieces for pieces in claims}  # many arrays share theirs
+    return {piece.rule for pieces in distinct.values() for piece in pieces}
 
 
 class Matched:
@@ -79,16 +87,13 @@ class Matched:
 
     def claims(self) -> list[Pieces]:
         """Per leaf, who has which elements: the first rule that matches."""
-        whole: dict[tuple[int, ...], Pieces] = {}  # shared by all arrays with the same rules
-        partial = {leaf for leaf, _ in self._regions}
-        found = []
-        for leaf, row in enumerate(self.rows):
-            if leaf in partial:
-                found.append(self.first_match(leaf, row))
-                continue
-            if row not in whole:
-                whole[row] = (Piece(row[0] if row else None),)
-            found.append(whole[row])
+        # What one rule has as a whole is shared by all arrays where it is so.
+        whole: dict[tuple[int, ...], Pieces] = {
+            row: (Piece(row[0] if row else None),) for row in set(self.rows)
+        }
+        found = [whole[row] for row in self.rows]
+        for leaf in {leaf for leaf, _ in self._regions}:
+            found[leaf] = self.first_match(leaf, self.rows[leaf])
         return found
 
     def first_match(self, leaf: int, row: tuple[int, ...]) -> Pieces:

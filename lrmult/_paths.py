@@ -74,7 +74,11 @@ class ParamTree:
             del nodes[shared + 1 :]
             node = nodes[-1]
             for key in path[shared:]:
-                for segment in _segments_of(key):
+                field = _FIELDS.get(type(key))  # `_segments_of` in place: this is the inner loop
+                name = getattr(key, field) if field else key
+                if type(name) is not str:
+                    name = str(name)
+                for segment in name.split("/") if "/" in name else (name,):
                     below = children[node]
                     child = below.get(segment)
                     if child is None:

@@ -4,6 +4,7 @@ import io
 from collections.abc import Iterator
 from typing import Any
 
+from lrmult._claims import claiming_rules
 from lrmult._multipliers import show_multiplier
 from lrmult._parts import describe
 from lrmult._paths import ParamTree
@@ -56,7 +57,7 @@ def table(plan: Plan, tree: ParamTree) -> Any:
         style = "dim" if multiplier == show_multiplier(None) else ""
         shown.add_row(*(Text(cell, style=style) for cell in cells))
     notes = [Text(""), Text(_totals(plan))]
-    claiming = {piece.rule for pieces in set(plan.claims) for piece in pieces}
+    claiming = claiming_rules(plan.claims)
     for index, rule in enumerate(plan.rules):
         if index not in claiming:
             notes.append(Text(f"{name_rule(index, *rule)} claims nothing here"))
