@@ -155,6 +155,7 @@ def _scale(update: Any, parts: Sequence[_Part], differentiable: bool) -> Any:
             factor = jnp.where(here, part.factor, factor)
         if zero is not False or selects is not False:
             zero = jnp.where(here, selects, zero)
+    factor, zero = _sharded_as(update, factor), _sharded_as(update, zero)
     scaled = update
     if jnp.issubdtype(update.dtype, jnp.inexact):
         if differentiable and zero is not False:
@@ -163,6 +164,15 @@ def _scale(update: Any, parts: Sequence[_Part], differentiable: bool) -> Any:
             scaled = jnp.where(zero, jnp.zeros_like(update), update)
         scaled = _times(scaled, factor)
     return scaled if zero is False else jnp.where(zero, _no_update(update), scaled)
+
+
+def _sharded_as(update: Any, values: Any) -> Any:
+    """Values of the update's own shape, sharded as it is where shardings are part of types."""
+    sharding = jax.typeof(update).sharding
+    explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
+    if not explicit or np.shape(values) != update.shape:
+        return values
+    return jax.sharding.reshard(values, sharding)
 
 
 def _here(part: _Part, shape: Shape) -> Any:

@@ -1,6 +1,9 @@
 """Parts of arrays: what plans show of them, that frozen elements stay, and what is no part."""
 
+import os
 import pickle
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -345,3 +348,58 @@ def test_optax_maps_over_the_state():
     np.testing.assert_array_equal(doubled[1].rules_masks[0], state[1].rules_masks[0])
     assert int(optax.tree_utils.tree_get(state, "rules_step")) == 0
     assert int(optax.tree_utils.tree_get(state, "count")) == 0
+
+
+# ---- sharding -----------------------------------------------------------------------------------
+
+SHARDED = """
+import jax, jax.numpy as jnp, numpy as np, optax, lrmult as lm
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+mask = np.add.outer(np.arange(16), np.arange(64)) % 3 == 0
+rules = [
+    (lm.along("columns", 1, [0, 1, 5]), None),
+    (lm.rows("rows", slice(3, 9)), None),
+    (lm.rows("rows", 0), 0.5),
+    (lm.rows("both", [1, 2]), None),
+    (lm.along("both", 1, [1, 2]), 0.5),
+    (lm.elements("mask", mask), None),
+    (lm.elements("outer", np.outer(mask[:, 0], mask[0])), None),
+    (lm.rows("schedule", 2), lambda step: 0.5),
+    (lm.rows("value", 2), jnp.float32(0.5)),
+]
+names = ("columns", "rows", "both", "mask", "outer", "schedule", "value")
+host = {name: np.arange(1.0, 1025.0, dtype=np.float32).reshape(16, 64) for name in names}
+tx = lm.scale_by_rules(rules)
+expected, _ = jax.jit(tx.update)(host, tx.init(host))
+for kind in (AxisType.Auto, AxisType.Explicit):
+    for spec in (P("x", None), P(None, "x")):
+        mesh = jax.make_mesh((4,), ("x",), axis_types=(kind,))
+        sharding = NamedSharding(mesh, spec)
+        with jax.set_mesh(mesh):
+            grads = jax.device_put(host, sharding)
+            state = tx.init(grads)
+            assert state.rules_masks[0].shape == (16, 8)
+            state = state._replace(rules_masks=jax.device_put(state.rules_masks, sharding))
+            for update in (tx.update, jax.jit(tx.update)):
+                out, _ = update(grads, state)
+                for name, leaf in out.items():
+                    assert leaf.sharding.is_equivalent_to(sharding, 2), (kind, spec, name)
+                    np.testing.assert_array_equal(leaf, expected[name])
+            chain = optax.chain(optax.adamw(0.1), tx)
+            def step(params, state):
+                updates, state = chain.update(params, state, params)
+                return optax.apply_updates(params, updates), state
+            lowered = jax.jit(step).lower(grads, (optax.adamw(0.1).init(grads), state))
+            text = lowered.compile().as_text()
+            for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
+                assert collective not in text, (kind, spec, collective)
+print("sharded as before")
+"""
+
+
+def test_parts_are_sharded_as_their_arrays_and_add_no_collective():
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED], env=os.environ | flags, capture_output=True, text=True
+    )
+    assert done.stdout == "sharded as before\n", done.stderr
