@@ -16,7 +16,7 @@ from lrmult._errors import (
 from lrmult._layouts import layer_axis, output_axis, outputs_first
 from lrmult._matching import Matches
 from lrmult._paths import ParamTree
-from lrmult._regions import WHOLE, FirstMatch, Region, select
+from lrmult._regions import WHOLE, FirstMatch, Region, Shape, select
 from lrmult._rules import Rule, Rules
 from lrmult._targets import Along, Elements, Neurons, Restriction, is_wild
 
@@ -165,8 +165,7 @@ class Matched:
             if restriction.shape != shape:
                 raise MaskError(
                     f"its mask bool[{','.join(map(str, restriction.shape))}] does not fit "
-                    f"{tree.show(leaf)}; it must have the shape of every array that the target "
-                    "matches"
+                    f"{tree.show(leaf)}; {self._fitting(restriction.shape, rule)}"
                 )
             return restriction.region
         if isinstance(restriction, Neurons):
@@ -174,9 +173,20 @@ class Matched:
         elif -len(shape) <= restriction.axis < len(shape):
             axis = restriction.axis % len(shape)
         else:
-            raise AxisError(f"{tree.show(leaf)} has no axis {restriction.axis}")
+            raise AxisError(
+                f"{tree.show(leaf)} has no axis {restriction.axis}; name the arrays that have it, "
+                "or write a wildcard, which passes over the others"
+            )
         vector = select(restriction.index, shape[axis], f"axis {axis} of {tree.show(leaf)}")
         return WHOLE.along(axis, vector)
+
+    def _fitting(self, shape: Shape, rule: int) -> str:
+        """What to write where a mask of that shape does not fit."""
+        tree = self._tree
+        for leaf, row in enumerate(self.rows):
+            if rule in row and tree.shapes[leaf] == shape:
+                return f"write the path of the one array that it is for, such as {tree.show(leaf)}"
+        return "it must have the shape of every array that the target matches"
 
     def _output_axis(self, leaf: int, given: int | None, rule: int) -> int:
         """The axis of an array that is that of its layer's outputs.
@@ -199,7 +209,10 @@ class Matched:
                 largest = max(layer, key=lambda each: len(shapes[each]))
                 most = len(tree.shapes[layer[largest]])
                 if not -most <= given < most:
-                    raise AxisError(f"there is no axis {given} in {most} axes")
+                    raise AxisError(
+                        f"{tree.show(layer[largest])}, the largest array of its layer, has no axis "
+                        f"{given}"
+                    )
                 if given % most not in kept[largest]:
                     raise AxisError(f"axis {given} is that along which layers are stacked")
                 inner = layer_axis(name, shapes, kept[largest].index(given % most))
@@ -216,8 +229,9 @@ class Matched:
         if size != tree.shapes[leaf][axis]:
             raise AxisError(
                 f"{tree.show(first)} has {size} outputs and {tree.show(leaf)} has "
-                f"{tree.shapes[leaf][axis]}, but they are of one layer; write axis=, or "
-                "lrmult.along(target, axis, index) for each"
+                f"{tree.shapes[leaf][axis]}, but they are of one layer; write "
+                f"{'another' if given is not None else 'the'} axis=, or lrmult.along(target, axis, "
+                "index) for each"
             )
         return axis
 
@@ -250,5 +264,11 @@ def _may_be_passed(error: LrmultError, restriction: Restriction) -> bool:
 def _empty(rule: Rule, array: str) -> UnmatchedRuleError:
     masks = [each for each in rule.restrictions if isinstance(each, Elements)]
     if any(mask.region is None for mask in masks):
-        return UnmatchedRuleError(f"its mask is false everywhere, so it names nothing in {array}")
-    return UnmatchedRuleError(f"the parts that it names have no element of {array} in common")
+        return UnmatchedRuleError(
+            f"its mask is false everywhere, so it names nothing in {array}; remove the rule, or "
+            "mark it with lrmult.optional if that may happen"
+        )
+    return UnmatchedRuleError(
+        f"the parts that it names have no element of {array} in common; a part of a part is what "
+        "both name, and for what either names write two rules"
+    )

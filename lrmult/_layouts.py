@@ -108,12 +108,15 @@ def layer_axis(name: str, layer: Mapping[str, Shape], axis: int) -> int:
     shape = layer[name]
     most = max(map(len, layer.values()))
     if not -most <= axis < most:
-        raise AxisError(f"axis {axis} is out of range for {most} axes")
+        raise AxisError(f"its layer has no axis {axis}, but {most} axes")
     if not shape:
         raise AxisError("it has no axes; name arrays that have")
     front = axis % most
     if len(shape) in (1, most):
         return front if len(shape) == most else 0
+    wide = _wide(shape)
+    if len(wide) == 1:
+        return wide[0]  # such as (out, 1, 1)
     # A smaller array beside it: PyTorch and Equinox pad its shape behind, the others in front.
     place = front if _WEIGHT in layer else front - most + len(shape)
     if not 0 <= place < len(shape):

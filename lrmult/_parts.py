@@ -66,7 +66,8 @@ class Parts:
         dtype: Any = bool if all(isinstance(value, bool) for value in values) else float
         dense = like.zeros(self.shape, dtype)
         for (region, _), value in zip(reversed(self.pairs), reversed(values), strict=True):
-            dense = like.where(region.dense(self.shape), value, dense).astype(dense.dtype)
+            value = like.asarray(value).astype(dense.dtype)
+            dense = like.where(region.dense(self.shape), value, dense)
         return dense
 
     def __repr__(self) -> str:
@@ -87,7 +88,9 @@ def values_of(shape: Shape, pieces: Pieces, values: Sequence[Multiplier]) -> Val
             return static[0]
         line = along_one_axis(shape, [piece.region for piece in pieces], static)
         if line:
-            return spread(line[1], line[0], len(shape))
+            along = spread(line[1], line[0], len(shape))
+            along.setflags(write=False)  # all arrays with this answer share it
+            return along
     pairs = [
         (piece.region, (value or 0.0) if is_static(value) else value)
         for piece, value in zip(pieces, values, strict=True)
@@ -107,6 +110,7 @@ def frozen_of(shape: Shape, pieces: Pieces, frozen: Sequence[bool]) -> "bool | A
 
 
 _MOST_PIECES = 4
+_MOST_RUNS = 6
 
 
 def describe(
@@ -155,13 +159,20 @@ def _place(shape: Shape, region: Region, count: int | None, stacked: set[int]) -
         return f"{count:,} of {math.prod(shape):,} elements"
     if len(region.vectors) == 1 and stacked >= set(region.vectors):
         [(axis, vector)] = region.vectors.items()
-        places = show_vector(vector)
-        start, colon, stop = places.partition(":")
-        if colon and ":" not in stop:
-            places = f"{start}-{int(stop) - 1}"
-        plural = "s" * (not places.isdigit())
-        return f"layer{plural} {places.strip('[]')} of {shape[axis]}"
+        return f"{_layers(np.flatnonzero(vector).tolist())} of {shape[axis]}"
     ends = [":"] * len(shape)
     for axis, vector in region.vectors.items():
         ends[axis] = show_vector(vector)
-    return f"[{', '.join(ends)}]"
+    return ends[0] if ends[0].startswith("[") and len(ends) == 1 else f"[{', '.join(ends)}]"
+
+
+def _layers(numbers: list[int]) -> str:
+    """Layers by number: ``layers 0-3, 7``."""
+    if len(numbers) == 1:
+        return f"layer {numbers[0]}"
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    if len(starts) > _MOST_RUNS:
+        return f"{len(numbers)} layers"
+    runs = [str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True)]
+    return f"layers {', '.join(runs)}"

@@ -15,6 +15,7 @@ from lrmult._rules import name_rule
 
 # numpy's name of a dtype -> the short one that jax prints
 _SHORT = {"float": "f", "bfloat": "bf", "complex": "c", "uint": "u", "int": "i"}
+_MOST_RULES = 4
 
 
 def render(plan: Plan) -> str:
@@ -69,7 +70,10 @@ def _answer(leaf: int, plan: Plan, tree: ParamTree) -> tuple[str, str]:
     pieces = plan.claims[leaf]
     multipliers = [1.0 if p.rule is None else plan.rules[p.rule].multiplier for p in pieces]
     claiming = dict.fromkeys(p.rule for p in pieces if p.rule is not None)
-    rules = "; ".join(f"{rule}: {plan.rules[rule].text}" for rule in claiming)
+    named = [f"{rule}: {plan.rules[rule].text}" for rule in claiming]
+    if len(named) > _MOST_RULES:
+        named[_MOST_RULES - 1 :] = [f"{len(named) - _MOST_RULES + 1} more"]
+    rules = "; ".join(named)
     stacked = {axis for at in tree.slices.get(leaf, {}).values() for axis in at}
     texts = map(show_multiplier, multipliers)
     return describe(tree.shapes[leaf], pieces, texts, stacked), rules or "none"

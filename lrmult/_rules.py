@@ -67,6 +67,10 @@ class Rule:
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
+    def __reduce__(self) -> Any:
+        # What is derived from these may hang on the identity of objects: it is derived anew.
+        return Rule, (self.target, self.multiplier, self.optional)
+
     def __iter__(self) -> Iterator[Any]:
         yield self.target
         yield self.multiplier

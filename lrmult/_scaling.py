@@ -50,7 +50,7 @@ def scales_of(shape: Shape, pieces: Pieces, multipliers: Sequence[Multiplier]) -
         return tuple(scales)
     frozen = values == 0
     distinct = np.unique(values[~frozen])
-    if 1 < len(distinct) <= 16 and values.size > _LONG // 4:
+    if 1 < len(distinct) <= 64 and values.size > _LONG // 4:
         return tuple(scales)  # by vectors of bools, which are smaller
     axis = int(np.argmax(values.shape))
     rest = Scale(WHOLE, float(distinct[0]) if len(distinct) == 1 else np.where(frozen, 1.0, values))
@@ -91,7 +91,9 @@ def scale(
     dynamic = [values[s.factor.number] for s in scales if isinstance(s.factor, Dynamic)]
     differentiable = any(value.is_zero is None for value in dynamic)
     parts = [_part(s, dtype, values, packed) for s in scales]
-    return _scale(update, parts, differentiable)
+    scaled = _scale(update, parts, differentiable)
+    # JAX may know no float64, which an update from NumPy may be.
+    return np.asarray(scaled, dtype) if isinstance(update, np.ndarray | np.generic) else scaled
 
 
 class _Part(NamedTuple):
@@ -137,7 +139,8 @@ def _expanded(vector: Any, size: int) -> Any:
 def _computed_in(dtype: Any) -> Any:
     """The real dtype in which products with an array of some dtype are taken."""
     wide = jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize >= 4
-    return np.zeros((), dtype).real.dtype if wide else np.dtype(np.float32)
+    real = np.zeros((), dtype).real.dtype if wide else np.dtype(np.float32)
+    return jax.dtypes.canonicalize_dtype(real)
 
 
 @functools.partial(jax.jit, static_argnums=2, inline=True)

@@ -1,12 +1,13 @@
 """Facts about a model that its parameter tree does not hold."""
 
 import dataclasses
+import difflib
 import functools
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from lrmult._errors import AxisError, LrmultError, RuleError, listing, shorten, show
+from lrmult._errors import AxisError, LrmultError, RuleError, shorten, show
 from lrmult._paths import ParamTree
 from lrmult._patterns import Names, parse
 
@@ -95,9 +96,13 @@ def add_structure(tree: ParamTree, structure: Structure) -> None:
         if node is not None:
             found[node] = path, axis
         elif not _may_be_cut_out(tree, _segments(path)):
+            known = [tree.text(each) for each in tree.nodes[1:]]
+            near = difflib.get_close_matches(path, known, 1)
+            seen = f"structure= says that {shorten(path)!r} is stacked, but nothing in the tree has"
             raise RuleError(
-                f"structure= says that {shorten(path)!r} is stacked, but nothing in the tree has "
-                f"that path; at the root are {listing(map(shorten, tree.children[0]))}"
+                f"{seen} that path; did you mean {shorten(near[0])!r}?"
+                if near
+                else f"{seen} that path; lrmult.paths(params) lists them"
             )
     below: dict[int, list[int]] = {node: [] for node in found}  # -> leaves
     for leaf, place in tree.arrays():

@@ -245,7 +245,9 @@ def _concrete(value: Any) -> np.ndarray[Any, Any] | None:
 
 
 def _seen(value: Any) -> str:
-    return "a traced array" if isinstance(value, jax.core.Tracer) else show(value)
+    if isinstance(value, jax.core.Tracer):
+        return "a traced array"
+    return "a shape" if isinstance(value, jax.ShapeDtypeStruct) else show(value)
 
 
 def _read_axis(axis: Any) -> int:
@@ -260,19 +262,22 @@ def _read_axis(axis: Any) -> int:
 def _read_index(index: Any) -> Index:
     if isinstance(index, slice):
         return position_from_python(index)
-    found = None if isinstance(index, str | bytes | set | frozenset) else _concrete(index)
-    if isinstance(index, Sequence) and len(index) == 0:
+    readable = not isinstance(index, str | bytes | set | frozenset)
+    found = _concrete(index) if readable else None
+    if readable and isinstance(index, Sequence) and len(index) == 0:
         return ()
     if found is not None and found.dtype == np.bool_ and found.ndim == 1:
         return Flags(found)
-    if found is not None and np.issubdtype(found.dtype, np.integer) and found.ndim < 2:
-        return tuple(found.tolist()) if found.ndim else int(found)
     if found is not None and found.dtype == np.bool_ and found.ndim > 1:
         raise MaskError(
             f"{_seen(index)} is no index along one axis; for a mask of single elements write "
             "elements(target, mask)"
         )
-    if found is not None and found.dtype != object and found.ndim > 0:
+    if isinstance(index, Sequence) and any(isinstance(each, bool | np.bool_) for each in index):
+        raise PatternError(f"{_seen(index)} mixes ints and bools; write the one or the other")
+    if found is not None and np.issubdtype(found.dtype, np.integer) and found.ndim < 2:
+        return tuple(found.tolist()) if found.ndim else int(found)
+    if found is not None and found.dtype.kind in "fciu" and found.ndim > 0:
         seen = f"{found.dtype}[{','.join(map(str, found.shape))}]"
         raise PatternError(f"an array {seen} is no index; write ints or bools, along one axis")
     raise PatternError(

@@ -55,6 +55,9 @@ def scale_by_rules(
     * Of an array that is frozen in part, the rest trains as ever. On CPU, where XLA flushes
       subnormal numbers in every addition, its frozen subnormal weights are flushed.
 
+    Wrappers that make updates of their own add ``+0.0`` all the same: `optax.MultiSteps` while it
+    accumulates, and `optax.apply_if_finite` when it rejects a step.
+
     The state is `optax.EmptyState`, but for schedules (the number of updates so far) and for
     element masks that are no outer product of vectors (one bit per element). Rules are resolved on
     the tree that ``update`` receives, while JAX traces it, and the plan is cached by everything but
