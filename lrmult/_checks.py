@@ -3,6 +3,8 @@
 from lrmult._claims import Matched, Pieces, claiming_rules
 from lrmult._errors import (
     IndexRangeError,
+    LrmultError,
+    PositionError,
     ShadowedRuleError,
     UnmatchedRuleError,
     shorten,
@@ -50,11 +52,29 @@ def check(
                 )
         if error is None or (rule.optional and isinstance(error, _FORGIVEN)):
             continue
-        message = f"{_name(index, rule)}: {error}"
+        message = f"{_name(index, rule)}: {error}{_hint(error, tree)}"
         if strict or not isinstance(error, UnmatchedRuleError | ShadowedRuleError):
             raise type(error)(message) from error.__cause__
         warnings.append(message)
     return warnings
+
+
+def _hint(error: LrmultError, tree: ParamTree) -> str:
+    """What else may have been meant by a position where children have no order."""
+    node = error.node if isinstance(error, PositionError) else None
+    if not node:
+        return ""
+    path = shorten(tree.text(node))
+    shapes = [tree.shapes[leaf] for leaf, place in tree.arrays() if node in tree.line(place)]
+    axes = [len(shape) for shape in shapes]
+    if len({shape[:1] for shape in shapes}) == 1 and min(axes) > 1 and max(axes) > 2:
+        return (
+            "; or, if these are layers in a stack, say so with "
+            f"structure=lrmult.Structure(stacked={{{path!r}: 0}})"
+        )
+    if not {"kernel", "w", "weight"}.isdisjoint(tree.children[node]):
+        return f"; output units of a layer are lrmult.neurons({path!r}, index)"
+    return ""
 
 
 _FORGIVEN = (UnmatchedRuleError, IndexRangeError)  # of an optional rule

@@ -55,6 +55,7 @@ class Matched:
     """
 
     def __init__(self, rules: Rules, tree: ParamTree, matches: Matches) -> None:
+        self._rules = rules
         self._tree = tree
         self._regions = dict(matches.slices)
         self.rows = matches.rows
@@ -173,9 +174,10 @@ class Matched:
         elif -len(shape) <= restriction.axis < len(shape):
             axis = restriction.axis % len(shape)
         else:
+            wild = is_wild(self._rules[rule].selector)
             raise AxisError(
-                f"{tree.show(leaf)} has no axis {restriction.axis}; name the arrays that have it, "
-                "or write a wildcard, which passes over the others"
+                f"{tree.show(leaf)} has no axis {restriction.axis}; name arrays that have it"
+                + ("" if wild else ", or write a wildcard, which passes over the others")
             )
         vector = select(restriction.index, shape[axis], f"axis {axis} of {tree.show(leaf)}")
         return WHOLE.along(axis, vector)

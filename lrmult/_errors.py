@@ -31,6 +31,8 @@ class ShadowedRuleError(LrmultError):
 class PositionError(LrmultError):
     """A position among children that have no order, or whose order cannot be known."""
 
+    node: int | None = None  # of the tree at hand, where its children have none
+
 
 class IndexRangeError(PositionError):
     """A position or an index that lies outside what is there."""

@@ -66,7 +66,7 @@ def output_axis(
     attention = called in _ATTENTION and all(other in beside for other in _ATTENTION)
     several = _GENERAL.fullmatch(called) is not None
     several |= attention and kernel is not None and len(kernel) == 3
-    if kernel and bias and bias == kernel[-len(bias) :] and len(kernel) > len(bias) > 1:
+    if kernel and bias and len(kernel) == 3 and bias == kernel[1:]:
         several = not _DENSE.fullmatch(called)  # a DenseGeneral by another name
     if several:
         if kernel is None or bias is None or bias == kernel[-len(bias) :]:

@@ -301,7 +301,11 @@ class _Walk:
             return Family({int(number): number for number in self.tree.layers[node]})
         if not children:
             raise PositionError(self._childless(node))
-        return order_of(children, self.tree.text(node))
+        try:
+            return order_of(children, self.tree.text(node))
+        except PositionError as error:
+            error.node = node
+            raise
 
     def _childless(self, node: int) -> str:
         if not node:
@@ -311,6 +315,12 @@ class _Walk:
         if not leaves:
             seen = f"{shorten(self.tree.text(node))!r} holds no array, and"
             return f"{seen} has no children for a position to count"
+        if leaves[0] in self.tree.slices:
+            layer = self.tree.text(next(iter(self.tree.slices[leaves[0]])))
+            return (
+                f"{self.tree.show(leaves[0])} is an array in a stack of layers; its layers are "
+                f"counted at the node that is stacked, as in {layer!r}"
+            )
         return (
             f"{self.tree.show(leaves[0])} is an array, and has no children for a position to "
             "count; leave the position out for the whole array, or write lrmult.rows(target, "

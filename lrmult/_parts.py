@@ -100,13 +100,11 @@ def values_of(shape: Shape, pieces: Pieces, values: Sequence[Multiplier]) -> Val
 
 def frozen_of(shape: Shape, pieces: Pieces, frozen: Sequence[bool]) -> "bool | Any":
     """Which elements of an array are frozen, in the simplest form."""
-    values = values_of(shape, pieces, [1.0 if each else None for each in frozen])
-    if isinstance(values, float):
-        return values == 1
+    values = values_of(shape, pieces, [None if each else 1.0 for each in frozen])
     if not isinstance(values, Parts):
-        return values == 1
+        return values == 0
     text = describe(shape, pieces, ["frozen" if each else "trains" for each in frozen])
-    return Parts(shape, [(region, value == 1) for region, value in values.pairs], text)
+    return Parts(shape, [(region, value == 0) for region, value in values.pairs], text)
 
 
 _MOST_PIECES = 4

@@ -11,14 +11,13 @@ import jax
 
 from lrmult._checks import check
 from lrmult._claims import Matched, Pieces
-from lrmult._errors import RuleError, show
 from lrmult._matching import match
 from lrmult._multipliers import Multiplier
 from lrmult._parts import Values, frozen_of, values_of
 from lrmult._paths import ParamTree, PyTree, shape_and_dtype
 from lrmult._rules import Rules, RulesLike, show_rule
 from lrmult._scaling import Scales, scales_of
-from lrmult._structure import Structure, add_structure
+from lrmult._structure import Structure, add_structure, read_structure
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -251,7 +250,7 @@ def compile_rules(
         >>> plan.multipliers["head"]
         {'b': 2.0, 'w': 10.0}
     """
-    return warned(_compile(Rules(rules), params, _read_structure(structure), strict))
+    return warned(_compile(Rules(rules), params, read_structure(structure), strict))
 
 
 def warned(plan: Plan) -> Plan:
@@ -288,7 +287,7 @@ def trainable_mask(
         >>> lm.trainable_mask([("trunk", None)])({"head": jnp.ones(2), "trunk": jnp.ones(3)})
         {'head': True, 'trunk': False}
     """
-    read = Rules(rules)
+    read, structure = Rules(rules), read_structure(structure)
 
     def mask(params: PyTree) -> PyTree:
         return warned(cached_plan(read, params, structure, strict)).trainable
@@ -304,7 +303,7 @@ def cached_plan(rules: Rules, params: PyTree, structure: Structure | None, stric
     """
     leaves, treedef = jax.tree.flatten(params)
     specs = tuple([shape_and_dtype(leaf) for leaf in leaves])
-    arguments = rules.abstract, treedef, specs, _read_structure(structure), strict
+    arguments = rules.abstract, treedef, specs, read_structure(structure), strict
     try:
         hash(arguments[:2])
     except TypeError:  # a predicate or a static field of a module that cannot be hashed
@@ -321,16 +320,6 @@ def _plan_of(
 
 
 _NO_ARRAY = object()  # stands for leaves such as functions
-
-
-def _read_structure(structure: Any) -> Structure:
-    if structure is None:
-        return Structure()
-    if not isinstance(structure, Structure):
-        raise RuleError(
-            f"structure= is {show(structure)}; write lrmult.Structure(stacked={{'path': axis}})"
-        )
-    return structure
 
 
 def _compile(rules: Rules, params: PyTree, structure: Structure, strict: bool) -> Plan:

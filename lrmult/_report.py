@@ -15,7 +15,7 @@ from lrmult._rules import name_rule
 
 # numpy's name of a dtype -> the short one that jax prints
 _SHORT = {"float": "f", "bfloat": "bf", "complex": "c", "uint": "u", "int": "i"}
-_MOST_RULES = 4
+_MOST_RULES = 3
 
 
 def render(plan: Plan) -> str:

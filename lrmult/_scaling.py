@@ -88,12 +88,13 @@ def scale(
         if not jnp.issubdtype(dtype, jnp.inexact):
             return update
         return _times_eagerly(update, factor) if eager else _times(update, factor)
-    dynamic = [values[s.factor.number] for s in scales if isinstance(s.factor, Dynamic)]
-    differentiable = any(value.is_zero is None for value in dynamic)
+    # Derivatives with respect to what is known at run time only, a schedule's parameters included.
+    differentiable = len(scales) > 1 and any(isinstance(s.factor, Dynamic) for s in scales)
     parts = [_part(s, dtype, values, packed) for s in scales]
     scaled = _scale(update, parts, differentiable)
-    # JAX may know no float64, which an update from NumPy may be.
-    return np.asarray(scaled, dtype) if isinstance(update, np.ndarray | np.generic) else scaled
+    if isinstance(update, np.ndarray | np.generic) and not isinstance(scaled, jax.core.Tracer):
+        return np.asarray(scaled, dtype)  # JAX may know no float64, which NumPy does
+    return scaled
 
 
 class _Part(NamedTuple):

@@ -63,6 +63,17 @@ class Structure:
         return f"Structure(stacked={dict(self.stacked)!r})"
 
 
+def read_structure(structure: Any) -> Structure:
+    """Facts about a model; None is none."""
+    if structure is None:
+        return Structure()
+    if not isinstance(structure, Structure):
+        raise RuleError(
+            f"structure= is {show(structure)}; write lrmult.Structure(stacked={{'path': axis}})"
+        )
+    return structure
+
+
 @functools.lru_cache(maxsize=1024)
 def _segments(path: Any) -> tuple[str, ...]:
     """The names along a path; the root has none."""

@@ -189,7 +189,8 @@ def elements(target: Target, mask: Any) -> Part:
     """Name the elements of arrays where a boolean array is true.
 
     A mask that is an outer product of vectors costs as much as those. Any other is kept as bits, in
-    the state of the transformation.
+    the state of the transformation, eight to a byte along the last axis: where that axis is
+    sharded, give each device a multiple of eight places, or the bits have to be sent around.
 
     Args:
         target: any target, a part too.

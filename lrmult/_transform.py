@@ -10,13 +10,13 @@ import numpy as np
 import optax
 
 from lrmult._errors import MaskError, MultiplierError, RuleError, show
-from lrmult._multipliers import Dynamic, is_schedule, show_multiplier
+from lrmult._multipliers import Dynamic, is_schedule
 from lrmult._paths import PyTree
 from lrmult._plan import cached_plan, warned
 from lrmult._regions import Mask
-from lrmult._rules import Rules, RulesLike
+from lrmult._rules import Rules, RulesLike, name_rule
 from lrmult._scaling import Value, scale
-from lrmult._structure import Structure
+from lrmult._structure import Structure, read_structure
 from lrmult._targets import Elements
 
 
@@ -93,7 +93,7 @@ def scale_by_rules(
         >>> print(new["trunk"], new["head"])
         [1. 2.] [2.5]
     """
-    read = Rules(rules)
+    read, structure = Rules(rules), read_structure(structure)
     masks = _masks(read)
     stateful = bool(masks) or any(is_schedule(rule.multiplier) for rule in read)
     known = _KnownMasks(masks)
@@ -142,18 +142,23 @@ def _masks(rules: Rules) -> list[Mask]:
 def _values(rules: Rules, step: Any) -> dict[int, Value]:
     """The schedules and arrays of rules at this step, each distinct schedule evaluated once."""
     found: dict[int, Value] = {}
-    for rule, stand_in in zip(rules, rules.abstract, strict=True):
+    for index, (rule, stand_in) in enumerate(zip(rules, rules.abstract, strict=True)):
         dynamic, multiplier = stand_in.multiplier, rule.multiplier
         if not isinstance(dynamic, Dynamic) or dynamic.number in found:
             continue
         if not is_schedule(multiplier):
             found[dynamic.number] = Value(multiplier)
             continue
-        value = jnp.asarray(multiplier(step))
-        if value.shape != () or value.dtype.kind not in "fiuV":  # V: bfloat16 and its like
+        got = multiplier(step)
+        try:
+            value = jnp.asarray(got)
+            if value.shape != () or value.dtype.kind not in "fiuV":  # V: bfloat16 and its like
+                raise TypeError
+        except (TypeError, ValueError):
             raise MultiplierError(
-                f"the {show_multiplier(multiplier)} gave {show(value)}, which is not one number"
-            )
+                f"{name_rule(index, *rule)}: at a step it gave {show(got)}; a schedule takes the "
+                "step and returns one real number"
+            ) from None
         found[dynamic.number] = Value(value, value == 0)
     return found
 

@@ -103,6 +103,9 @@ def test_schedules_below_wrappers():
         (lambda step: jnp.ones(3), r"schedule .*gave an array float32\[3\]"),
         (lambda step: True, "gave"),
         (lambda step: 1j, "gave"),
+        (lambda step: None, "gave None"),
+        (lambda step: "x", "gave 'x'"),
+        (optax.constant_schedule, r"rule 0 \('head' -> schedule constant_schedule\)"),
     ],
 )
 def test_a_schedule_that_gives_no_number(schedule, says):
@@ -214,6 +217,7 @@ def test_a_frozen_nan_does_not_reach_the_derivative():
         return tx.update(grads, tx.init(grads))[0]["w"].sum()
 
     assert jax.grad(total)(0.5) == jax.jit(jax.grad(total))(0.5) == 3
+    assert jax.grad(lambda rate: total(lambda step: rate * (step + 1)))(0.5) == 3
 
 
 def test_one_number_for_everything_may_be_an_array():
@@ -268,3 +272,24 @@ def test_one_rule_with_an_array_is_no_list():
     for rule in (("head", jnp.float32(1)), ("head", lambda step: 1), (lm.rows("w", 0), None)):
         with pytest.raises(lm.RuleError, match="is one rule, not a list"):
             lm.Rules(rule)
+
+
+RULES = {
+    "rows": [(lm.rows("w", 0), None)],
+    "value": [("w", jnp.float32(0.5))],
+    "mask": [(lm.elements("w", np.eye(3, 2) > 0), None)],
+    "schedule": [("w", lambda step: 0.5)],
+}
+
+
+@pytest.mark.parametrize("rules", RULES)
+def test_updates_from_numpy(rules):
+    tx = lm.scale_by_rules(RULES[rules])
+    updates = {"w": np.ones((3, 2))}
+    state = tx.init(updates)
+    out, _ = tx.update(updates, state)
+    assert out["w"].dtype == np.float64
+    traced = jax.jit(lambda state: tx.update(updates, state)[0])(state)
+    np.testing.assert_array_equal(traced["w"], out["w"])
+    halves = jax.vmap(lambda rate: lm.scale_by_rules([("w", rate)]).update(updates, ())[0]["w"])
+    np.testing.assert_array_equal(halves(jnp.array([0.5, 2]))[:, 0, 0], [0.5, 2])

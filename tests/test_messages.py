@@ -209,6 +209,9 @@ mistake("mask-shape", [(lm.elements(KERNEL, EVEN), 1)], ENCODER, Mask, "bool[10]
 mistake(
     "mask-of-layer", [(lm.elements(HEAD, np.eye(4, 3) > 0), 1)], ENCODER, Mask, "'params/head/b"
 )
+mistake("unit-as-position", [("params/head[0]", 1)], ENCODER, Order, "lrmult.neurons('params/head'")
+STACK = {"net": {"layers": {"fc": {"kernel": array(12, 4, 4), "bias": array(12, 4)}}}}
+mistake("stack-not-said", [("net/layers[:4]", 1)], STACK, Order, "stacked={'net/layers': 0}")
 mistake("no-such-axis", [(lm.along(KERNEL, 2, 0), 1)], ENCODER, Axis, "no axis 2", "float32[4,3]")
 mistake("no-axis-anywhere", [(lm.along("**", 7, 0), 1)], ENCODER, Axis, "no axis 7")
 mistake("neurons-of-embed", [(lm.neurons("params/embed", 0), 1)], ENCODER, Axis, "axis=", "[10,4]")
