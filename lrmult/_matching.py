@@ -160,6 +160,7 @@ class _Walk:
         self.unresolved: dict[int, PositionError] = {}
         self.errors: dict[int, LrmultError] = {}
         self._resolved: dict[int, int] = {}  # node -> the states that a position leads to there
+        self._accepted: dict[int, tuple[int, ...]] = {}  # the rules of accepting states
         self._merged: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[int, ...]] = {}
         self._orders: dict[int, Family | PositionError] = {}
         self._groups: dict[int, dict[str, list[str]]] = {}
@@ -173,10 +174,10 @@ class _Walk:
         expecting = automaton.expecting(names)
         unaccepting = ~automaton.accept
         self._arrive(0, automaton.close(automaton.start), ())
+        stacks, resolved = self.tree.layers, self._resolved
         for node, children in enumerate(self.tree.children):
             states = active[node]
-            layers = self.tree.layers.get(node)
-            if not children and not layers and not states & automaton.at:
+            if not children and not states & automaton.at and node not in stacks:
                 continue
             for bit in bits(states & automaton.at):
                 self._follow(node, None, bit)
@@ -189,13 +190,13 @@ class _Walk:
             # What stays active below whatever the children are called.
             lasting = automaton.close(states & automaton.any_depth) & unaccepting
             known = matched[node]
-            for layer in layers.values() if layers else ():
-                if layer in self._resolved:
-                    self._arrive(layer, automaton.close(self._resolved[layer]), known)
+            for layer in stacks[node].values() if node in stacks else ():
+                if layer in resolved:
+                    self._arrive(layer, automaton.close(resolved[layer]), known)
             for name, child in children.items():
                 moving = states & expecting[name]
-                if moving or child in self._resolved:
-                    reached = moving << 1 | self._resolved.get(child, 0)
+                if moving or child in resolved:
+                    reached = moving << 1 | resolved.get(child, 0)
                     self._arrive(child, lasting | automaton.close(reached), known)
                 else:
                     active[child] = lasting
@@ -204,8 +205,12 @@ class _Walk:
     def _arrive(self, node: int, states: int, known: tuple[int, ...]) -> None:
         accepted = states & self.automaton.accept
         self.active[node] = states ^ accepted
-        rules = tuple(self.automaton.rules_of(accepted))
-        self.matched[node] = self.merge(known, rules) if rules else known
+        if accepted:
+            rules = self._accepted.get(accepted)
+            if rules is None:
+                rules = self._accepted[accepted] = tuple(self.automaton.rules_of(accepted))
+            known = self.merge(known, rules) if known else rules
+        self.matched[node] = known
 
     def waiting_in_hole(self, node: int) -> int:
         """The states that could go on inside a hole of the tree.

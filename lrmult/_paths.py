@@ -45,7 +45,7 @@ class ParamTree:
     """
 
     def __init__(self, params: PyTree) -> None:
-        self.treedef: Any = jax.tree.structure(params)
+        self.treedef: Any = None
         self.names: list[str] = [""]
         self.parents: list[int] = [0]
         self.children: list[dict[str, int]] = [{}]
@@ -65,7 +65,9 @@ class ParamTree:
         names, parents, children = self.names, self.parents, self.children
         previous: KeyPath = ()
         nodes = [0]  # along the previous path
-        for path, value in _flatten(params, _box_types()):
+        found, treedef = _flatten(params, _box_types())
+        self.treedef = treedef or jax.tree.structure(params)
+        for path, value in found:
             shared = 0
             for key, before in zip(path, previous, strict=False):
                 if key is not before:  # JAX makes one key for all paths through it
@@ -309,18 +311,27 @@ def _box_types() -> tuple[type, ...]:
     return tuple(found)
 
 
-def _flatten(tree: PyTree, boxes: tuple[type, ...]) -> Iterable[tuple[KeyPath, Any]]:
-    """Flatten with paths; holes are kept, and boxes leave no trace in the path."""
+def _flatten(tree: PyTree, boxes: tuple[type, ...]) -> tuple[Iterable[tuple[KeyPath, Any]], Any]:
+    """Flatten with paths; holes are kept, and boxes leave no trace in the path.
+
+    Returns:
+        Paths and values, and the structure of the tree; None in its place if there are holes or
+        boxes, which JAX does not take for leaves.
+    """
     stop = (type(None), MaskedNode, *boxes)
-    found: list[tuple[KeyPath, Any]] = jax.tree_util.tree_flatten_with_path(
+    found, treedef = jax.tree_util.tree_flatten_with_path(
         tree, is_leaf=lambda node: isinstance(node, stop)
-    )[0]
-    if not boxes or not any(isinstance(value, boxes) for _, value in found):
-        return found
-    return itertools.chain.from_iterable(
+    )
+    kinds = {type(value) for _, value in found}
+    if not any(issubclass(kind, stop) for kind in kinds):
+        return found, treedef
+    if not any(issubclass(kind, boxes) for kind in kinds):
+        return found, None
+    unboxed = itertools.chain.from_iterable(
         _unbox(path, value, boxes) if isinstance(value, boxes) else [(path, value)]
         for path, value in found
     )
+    return unboxed, None
 
 
 def _unbox(path: KeyPath, box: Any, boxes: tuple[type, ...]) -> Iterator[tuple[KeyPath, Any]]:
@@ -333,5 +344,5 @@ def _unbox(path: KeyPath, box: Any, boxes: tuple[type, ...]) -> Iterator[tuple[K
         # Only the attribute of a box is dropped: attention has a real layer called "value".
         owned = isinstance(key, jax.tree_util.GetAttrKey) and key.name == "value"
         inner = path if owned else (*path, key)
-        for below, leaf in _flatten(child, boxes):
+        for below, leaf in _flatten(child, boxes)[0]:
             yield (*inner, *below), leaf

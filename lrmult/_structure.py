@@ -116,7 +116,7 @@ def add_structure(tree: ParamTree, structure: Structure) -> None:
                 else f"{seen} that path; lrmult.paths(params) lists them"
             )
     below: dict[int, list[int]] = {node: [] for node in found}  # -> leaves
-    for leaf, place in tree.arrays():
+    for leaf, place in tree.arrays() if found else ():
         for node in tree.line(place):
             if node in below:
                 below[node].append(leaf)
