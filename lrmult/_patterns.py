@@ -52,9 +52,9 @@ class Names:
     def literals(self) -> Iterator[str]:
         return (parts[0] for parts in self.alternatives if len(parts) == 1)
 
-    @property
-    def globs(self) -> Iterator["Glob"]:
-        return (Glob(parts) for parts in self.alternatives if len(parts) > 1)
+    @functools.cached_property
+    def globs(self) -> tuple["Glob", ...]:
+        return tuple(Glob(parts) for parts in self.alternatives if len(parts) > 1)
 
 
 @dataclasses.dataclass(frozen=True)
