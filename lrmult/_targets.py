@@ -263,6 +263,8 @@ def _read_axis(axis: Any) -> int:
 def _read_index(index: Any) -> Index:
     if isinstance(index, slice):
         return position_from_python(index)
+    if isinstance(index, numbers.Integral) and not isinstance(index, bool | np.bool_):
+        return int(index)
     readable = not isinstance(index, str | bytes | set | frozenset)
     found = _concrete(index) if readable else None
     if readable and isinstance(index, Sequence) and len(index) == 0:
@@ -276,7 +278,7 @@ def _read_index(index: Any) -> Index:
         )
     if isinstance(index, Sequence) and any(isinstance(each, bool | np.bool_) for each in index):
         raise PatternError(f"{_seen(index)} mixes ints and bools; write the one or the other")
-    if found is not None and np.issubdtype(found.dtype, np.integer) and found.ndim < 2:
+    if found is not None and found.dtype.kind in "iu" and found.ndim < 2:
         return tuple(found.tolist()) if found.ndim else int(found)
     if found is not None and found.dtype.kind in "fciu" and found.ndim > 0:
         seen = f"{found.dtype}[{','.join(map(str, found.shape))}]"

@@ -301,6 +301,8 @@ def test_wildcards_pass_over_what_has_no_such_place():
     assert [leaf.frozen for leaf in plan.leaves] == [0, 3, 0, 0]
     plan = lm.compile_rules([(lm.along("*", 1, 0), None)], params)
     assert [leaf.frozen for leaf in plan.leaves] == [4, 8, 0, 0]
+    with pytest.raises(lm.IndexRangeError, match="is out of range"):
+        lm.compile_rules([(lm.rows("a", 10**30), None)], params)
     with pytest.raises(lm.IndexRangeError, match=r"rule 0 .* 9 is out of range"):
         lm.compile_rules([(lm.rows("{a,b}", 9), None)], params)
     optional = lm.compile_rules(lm.optional([(lm.rows("a", 9), None)]), params)
@@ -353,6 +355,7 @@ def test_optax_maps_over_the_state():
 # ---- sharding -----------------------------------------------------------------------------------
 
 SHARDED = """
+import itertools
 import jax, jax.numpy as jnp, numpy as np, optax, lrmult as lm
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 mask = np.add.outer(np.arange(16), np.arange(64)) % 3 == 0
@@ -379,9 +382,10 @@ for kind in (AxisType.Auto, AxisType.Explicit):
             grads = jax.device_put(host, sharding)
             state = tx.init(grads)
             assert state.rules_masks[0].shape == (16, 8)
+            made = state  # its bits are on every device
             state = state._replace(rules_masks=jax.device_put(state.rules_masks, sharding))
-            for update in (tx.update, jax.jit(tx.update)):
-                out, _ = update(grads, state)
+            for update, before in itertools.product((tx.update, jax.jit(tx.update)), (made, state)):
+                out, _ = update(grads, before)
                 for name, leaf in out.items():
                     assert leaf.sharding.is_equivalent_to(sharding, 2), (kind, spec, name)
                     np.testing.assert_array_equal(leaf, expected[name])
