@@ -281,7 +281,7 @@ def places(index, size):
         chosen = [place for place in range(size) if index[place]]
     else:
         chosen = [*index]
-    whole = isinstance(index, slice) and not size
+    whole = not size  # any index that fits an axis without places is all of it
     if not all(-size <= place < size for place in chosen) or not (chosen or whole):
         raise FailedError("range")
     return [place % size for place in chosen]
