@@ -1,9 +1,6 @@
 """Parts of arrays: what plans show of them, that frozen elements stay, and what is no part."""
 
-import os
 import pickle
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +9,7 @@ import optax
 import pytest
 
 import lrmult as lm
+from tests.devices import printed_on_four_devices
 
 OPTIMIZERS = {
     "sgd": optax.sgd(0.1, momentum=0.9),
@@ -402,8 +400,4 @@ print("sharded as before")
 
 
 def test_parts_are_sharded_as_their_arrays_and_add_no_collective():
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", SHARDED], env=os.environ | flags, capture_output=True, text=True
-    )
-    assert done.stdout == "sharded as before\n", done.stderr
+    assert printed_on_four_devices(SHARDED) == "sharded as before\n"

@@ -1,9 +1,6 @@
 """`scale_by_rules`: frozen bits, scaled rates, dtypes, and every wrapper of optax."""
 
 import functools
-import os
-import subprocess
-import sys
 
 import chex
 import jax
@@ -14,6 +11,7 @@ import optax
 import pytest
 
 import lrmult as lm
+from tests.devices import printed_on_four_devices
 
 RULES = [("trunk", None), ("slow", 0.1), ("fast", 3), ("back", -0.5)]
 OPTIMIZERS = {
@@ -484,11 +482,7 @@ print("sharded as before")
 
 
 def test_sharding_is_kept_and_no_collective_is_added():
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", SHARDED], env=os.environ | flags, capture_output=True, text=True
-    )
-    assert done.stdout == "sharded as before\n", done.stderr
+    assert printed_on_four_devices(SHARDED) == "sharded as before\n"
 
 
 def test_no_constant_of_the_size_of_a_leaf_is_lowered():
