@@ -6,6 +6,7 @@ say, `compile_rules` makes a `Plan` of them, and `scale_by_rules` applies them a
 
 from lrmult._errors import (
     AxisError,
+    FrozenError,
     IndexRangeError,
     LrmultError,
     MaskError,
@@ -16,6 +17,7 @@ from lrmult._errors import (
     ShadowedRuleError,
     UnmatchedRuleError,
 )
+from lrmult._freezing import assert_frozen, stop_frozen
 from lrmult._parts import Parts
 from lrmult._paths import paths
 from lrmult._plan import Claim, LeafPlan, Plan, compile_rules, trainable_mask
@@ -23,12 +25,14 @@ from lrmult._rules import Rule, Rules, optional
 from lrmult._structure import Structure
 from lrmult._targets import along, elements, neurons, rows
 from lrmult._transform import scale_by_rules
+from lrmult._wrap import wrap
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AxisError",
     "Claim",
+    "FrozenError",
     "IndexRangeError",
     "LeafPlan",
     "LrmultError",
@@ -45,6 +49,7 @@ __all__ = [
     "Structure",
     "UnmatchedRuleError",
     "along",
+    "assert_frozen",
     "compile_rules",
     "elements",
     "neurons",
@@ -52,7 +57,9 @@ __all__ = [
     "paths",
     "rows",
     "scale_by_rules",
+    "stop_frozen",
     "trainable_mask",
+    "wrap",
 ]
 
 for _name in __all__:

@@ -46,6 +46,10 @@ class MaskError(LrmultError):
     """An element mask, or a boolean index, of another shape or dtype than the part it is for."""
 
 
+class FrozenError(LrmultError, AssertionError):
+    """Something frozen that changed."""
+
+
 def shorten(text: str, most: int = 80) -> str:
     """One line of at most that many characters."""
     line = " ".join(text.split()) if "\n" in text else text

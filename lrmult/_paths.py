@@ -311,8 +311,27 @@ def _box_types() -> tuple[type, ...]:
     return tuple(found)
 
 
-def _flatten(tree: PyTree, boxes: tuple[type, ...]) -> tuple[Iterable[tuple[KeyPath, Any]], Any]:
+def entries(tree: PyTree) -> dict[tuple[str, ...], Any]:
+    """All that stands in a pytree, by the names along its path, in the order of its leaves.
+
+    Holes and containers without children are among it.
+    """
+    found, _ = _flatten(tree, _box_types(), (tuple, list, dict))
+    return {
+        tuple(itertools.chain.from_iterable(map(_segments_of, path))): value
+        for path, value in found
+    }
+
+
+def _flatten(
+    tree: PyTree, boxes: tuple[type, ...], empty: tuple[type, ...] = ()
+) -> tuple[Iterable[tuple[KeyPath, Any]], Any]:
     """Flatten with paths; holes are kept, and boxes leave no trace in the path.
+
+    Args:
+        tree: the tree.
+        boxes: the classes of boxes.
+        empty: the classes of containers that are kept where they have no children.
 
     Returns:
         Paths and values, and the structure of the tree; None in its place if there are holes or
@@ -320,7 +339,7 @@ def _flatten(tree: PyTree, boxes: tuple[type, ...]) -> tuple[Iterable[tuple[KeyP
     """
     stop = (type(None), MaskedNode, *boxes)
     found, treedef = jax.tree_util.tree_flatten_with_path(
-        tree, is_leaf=lambda node: isinstance(node, stop)
+        tree, is_leaf=lambda node: isinstance(node, stop) or (isinstance(node, empty) and not node)
     )
     kinds = {type(value) for _, value in found}
     if not any(issubclass(kind, stop) for kind in kinds):
@@ -328,13 +347,15 @@ def _flatten(tree: PyTree, boxes: tuple[type, ...]) -> tuple[Iterable[tuple[KeyP
     if not any(issubclass(kind, boxes) for kind in kinds):
         return found, None
     unboxed = itertools.chain.from_iterable(
-        _unbox(path, value, boxes) if isinstance(value, boxes) else [(path, value)]
+        _unbox(path, value, boxes, empty) if isinstance(value, boxes) else [(path, value)]
         for path, value in found
     )
     return unboxed, None
 
 
-def _unbox(path: KeyPath, box: Any, boxes: tuple[type, ...]) -> Iterator[tuple[KeyPath, Any]]:
+def _unbox(
+    path: KeyPath, box: Any, boxes: tuple[type, ...], empty: tuple[type, ...]
+) -> Iterator[tuple[KeyPath, Any]]:
     children = jax.tree_util.tree_flatten_with_path(box, is_leaf=lambda node: node is not box)[0]
     for keys, child in children:
         if not keys:  # a box that JAX does not know
@@ -344,5 +365,5 @@ def _unbox(path: KeyPath, box: Any, boxes: tuple[type, ...]) -> Iterator[tuple[K
         # Only the attribute of a box is dropped: attention has a real layer called "value".
         owned = isinstance(key, jax.tree_util.GetAttrKey) and key.name == "value"
         inner = path if owned else (*path, key)
-        for below, leaf in _flatten(child, boxes)[0]:
+        for below, leaf in _flatten(child, boxes, empty)[0]:
             yield (*inner, *below), leaf

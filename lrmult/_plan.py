@@ -16,7 +16,7 @@ from lrmult._multipliers import Multiplier
 from lrmult._parts import Values, frozen_of, values_of
 from lrmult._paths import ParamTree, PyTree, shape_and_dtype
 from lrmult._rules import Rules, RulesLike, show_rule
-from lrmult._scaling import Scales, scales_of
+from lrmult._scaling import Box, Scales, box_of, is_frozen, scales_of
 from lrmult._structure import Structure, add_structure, read_structure
 
 
@@ -104,6 +104,18 @@ class Plan:
         return tuple(self._per_leaf(scales_of))
 
     @functools.cached_property
+    def boxes(self) -> tuple[Box, ...]:
+        """What of each leaf trains along the axes that it is frozen along, in the same order."""
+        known: dict[Any, Box] = {}
+        found = []
+        for shape, scales in zip(self._tree.shapes, self.scales, strict=True):
+            key = id(scales), shape
+            if key not in known:
+                known[key] = box_of(shape, scales)
+            found.append(known[key])
+        return tuple(found)
+
+    @functools.cached_property
     def _values(self) -> list[Values]:
         return self._per_leaf(values_of)
 
@@ -139,11 +151,15 @@ class Plan:
         This is what `optax.masked`, ``optax.adamw(mask=...)`` and `equinox.partition` take. It is
         false where a leaf is no array at all, such as an activation function.
         """
-        trains = self._per_leaf(lambda shape, pieces, got: any(m is not None for m in got))
-        return self.treedef.unflatten(
+        return self.treedef.unflatten(self.trains)
+
+    @functools.cached_property
+    def trains(self) -> tuple[bool, ...]:
+        """The leaves of `trainable`."""
+        return tuple(
             [
-                node is not None and train
-                for node, train in zip(self._tree.places, trains, strict=True)
+                node is not None and not is_frozen(scales)
+                for node, scales in zip(self._tree.places, self.scales, strict=True)
             ]
         )
 

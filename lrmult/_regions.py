@@ -277,6 +277,22 @@ class FirstMatch:
         self.counts = [self._grid.count(fresh) for fresh in self._fresh]
         self.left = self._grid.count(free)
 
+    def box(self, chosen: Sequence[bool]) -> Region:
+        """The smallest region of vectors alone that holds all that some regions are first to hold.
+
+        Args:
+            chosen: for each region whether it is one of them.
+        """
+        held = np.zeros(self._grid.shape, np.bool_)
+        for fresh, is_chosen in zip(self._fresh, chosen, strict=True):
+            held |= fresh & is_chosen
+        region = WHOLE
+        axes = range(held.ndim)
+        for axis in axes:
+            shadow: Any = held.any(axis=tuple(each for each in axes if each != axis))
+            region = region.along(axis, shadow[self._grid.atoms.get(axis, slice(None))])
+        return region
+
     def varying(self, values: Sequence[float]) -> list[int]:
         """The axes along which the elements get unlike values, if each region gets one."""
         got = self._gets(values)

@@ -1,6 +1,11 @@
-"""The update of one array, scaled. Constants stay as small as an axis, or one bit per element."""
+"""One array as a plan has it: scaled, told apart in what is frozen and what trains, or cut out.
+
+Constants stay as small as an axis, or one bit per element.
+"""
 
 import functools
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -11,7 +16,7 @@ import numpy as np
 from lrmult._claims import Pieces
 from lrmult._multipliers import Dynamic, Multiplier
 from lrmult._parts import Parts, values_of
-from lrmult._regions import WHOLE, Bools, Mask, Region, Shape, spread
+from lrmult._regions import WHOLE, Bools, FirstMatch, Mask, Region, Shape, spread
 
 # Longer vectors are no constants of a compiled program as they stand.
 _LONG = 2**15
@@ -26,6 +31,18 @@ class Scale(NamedTuple):
 
 # The first that holds an element counts; together they hold all elements.
 Scales: TypeAlias = tuple[Scale, ...]
+
+
+class Box(NamedTuple):
+    """The smallest part of an array, by places along axes, that holds all that trains.
+
+    Attributes:
+        vectors: for each axis along which places are left out, which are in it.
+        all_trains: whether nothing in it is frozen.
+    """
+
+    vectors: dict[int, Bools]
+    all_trains: bool
 
 
 class Value(NamedTuple):
@@ -78,8 +95,8 @@ def scale(
     if dtype is None:
         update = jnp.asarray(update)
         dtype = update.dtype
-    if dtype == jax.dtypes.float0 or jnp.issubdtype(dtype, jax.dtypes.extended):
-        return update  # float0 holds no bits; a key cannot be added to
+    if is_opaque(update):
+        return update
     # Outside a trace one compiled call costs a fraction of the operations that it is made of.
     eager = isinstance(update, jax.Array) and not isinstance(update, jax.core.Tracer)
     if is_whole and factor is None:
@@ -95,6 +112,68 @@ def scale(
     if isinstance(update, np.ndarray | np.generic) and not isinstance(scaled, jax.core.Tracer):
         return np.asarray(scaled, dtype)  # JAX may know no float64, which NumPy does
     return scaled
+
+
+def is_opaque(array: Any) -> bool:
+    """Whether an array cannot be computed with: float0 holds no bits, and keys are no numbers."""
+    dtype = jnp.result_type(array) if not hasattr(array, "dtype") else array.dtype
+    return bool(dtype == jax.dtypes.float0 or jnp.issubdtype(dtype, jax.dtypes.extended))
+
+
+def is_frozen(scales: Scales) -> bool:
+    """Whether the whole of an array is."""
+    return all(scale.factor is None for scale in scales)
+
+
+def box_of(shape: Shape, scales: Scales) -> Box:
+    """The box of what trains."""
+    if math.prod(shape) == 0 or all(scale.factor is not None for scale in scales):
+        return Box({}, all_trains=True)
+    trains = [scale.factor is not None for scale in scales]
+    match = FirstMatch(shape, [scale.region for scale in scales])
+    vectors = match.box(trains).vectors
+    sizes = [vectors[a].sum() if a in vectors else size for a, size in enumerate(shape)]
+    trained = sum(itertools.compress(match.counts, trains))
+    return Box(vectors, trained == math.prod(map(int, sizes)))
+
+
+def select(scales: Scales, packed: Mapping[Mask, Any], if_frozen: Any, if_trained: Any) -> Any:
+    """An array that is one where it is frozen, and another where it trains."""
+    frozen = [scale.factor is None for scale in scales]
+    if all(frozen):
+        return if_frozen
+    if not any(frozen):
+        return if_trained
+    pairs = [
+        Scale(s.region, None if still else 1.0) for s, still in zip(scales, frozen, strict=True)
+    ]
+    dtype = if_trained.dtype
+    return _select([_part(pair, dtype, {}, packed) for pair in pairs], if_frozen, if_trained)
+
+
+def cut(array: Any, box: Box) -> Any:
+    """What lies in a box."""
+    for axis, vector in box.vectors.items():
+        first, last, step = _steps(vector)
+        if step:
+            array = jax.lax.slice_in_dim(array, first, last + 1, step, axis)
+        else:
+            array = _gather(array, _places(vector), axis)
+    return array
+
+
+def put_back(array: Any, box: Box) -> Any:
+    """An array in which something lies in a box; what lies outside is unspecified."""
+    for axis, vector in box.vectors.items():
+        first, last, step = _steps(vector)
+        if step:
+            edges = [(0, 0, 0)] * array.ndim
+            edges[axis] = (first, vector.size - 1 - last, step - 1)
+            array = jax.lax.pad(array, np.zeros((), array.dtype), edges)
+        else:
+            # To gather from where each place comes is faster than to scatter.
+            array = _gather(array, _sources(vector), axis)
+    return array
 
 
 class _Part(NamedTuple):
@@ -168,6 +247,43 @@ def _scale(update: Any, parts: Sequence[_Part], differentiable: bool) -> Any:
             scaled = jnp.where(zero, jnp.zeros_like(update), update)
         scaled = _times(scaled, factor)
     return scaled if zero is False else jnp.where(zero, _no_update(update), scaled)
+
+
+@functools.partial(jax.jit, inline=True)
+def _select(parts: Sequence[_Part], if_frozen: Any, if_trained: Any) -> Any:
+    frozen: Any = False
+    for part in reversed(parts):
+        here = _here(part, if_trained.shape)
+        still = part.factor is None
+        frozen = still if here is None else jnp.where(here, still, frozen)
+    return jnp.where(_sharded_as(if_trained, frozen), if_frozen, if_trained)
+
+
+def _steps(vector: Bools) -> tuple[int, int, int]:
+    """The first and the last true place, and the step between them; 0 if it is not always one."""
+    places = np.flatnonzero(vector)
+    steps = np.unique(np.diff(places))
+    step = 1 if len(places) == 1 else int(steps[0]) if len(steps) == 1 else 0
+    return int(places[0]), int(places[-1]), step
+
+
+def _places(vector: Bools) -> Any:
+    """The true places of a vector."""
+    places = np.flatnonzero(vector)
+    if places.size <= _LONG // 4:
+        return places.astype(np.int32)
+    return jnp.nonzero(_expanded(_compact(vector), vector.size), size=places.size)[0]
+
+
+def _sources(vector: Bools) -> Any:
+    """For each place of a vector, how many true ones come before it, if it is true."""
+    if vector.size <= _LONG // 4:
+        return np.maximum(np.cumsum(vector) - 1, 0).astype(np.int32)
+    return jnp.maximum(jnp.cumsum(_expanded(_compact(vector), vector.size)) - 1, 0)
+
+
+def _gather(array: Any, places: Any, axis: int) -> Any:
+    return jnp.take(array, places, axis, mode="clip", indices_are_sorted=True)
 
 
 def _sharded_as(update: Any, values: Any) -> Any:

@@ -31,7 +31,12 @@ ORDER = (
     "_scaling",
     "_plan",
     "_report",
+    "_running",
     "_transform",
+    "_freezing",
+    "_view",
+    "_states",
+    "_wrap",
     "__init__",
 )
 
@@ -40,6 +45,7 @@ def test_the_public_names():
     assert sorted(lm.__all__) == [
         "AxisError",
         "Claim",
+        "FrozenError",
         "IndexRangeError",
         "LeafPlan",
         "LrmultError",
@@ -56,6 +62,7 @@ def test_the_public_names():
         "Structure",
         "UnmatchedRuleError",
         "along",
+        "assert_frozen",
         "compile_rules",
         "elements",
         "neurons",
@@ -63,7 +70,9 @@ def test_the_public_names():
         "paths",
         "rows",
         "scale_by_rules",
+        "stop_frozen",
         "trainable_mask",
+        "wrap",
     ]
     for name in lm.__all__:
         assert getattr(lm, name).__doc__, name

@@ -1,0 +1,157 @@
+"""What is frozen, outside an optimizer: in a loss, and in a test."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lrmult._errors import FrozenError, listing
+from lrmult._parts import Parts
+from lrmult._paths import ParamTree, PyTree, shape_and_dtype
+from lrmult._plan import cached_plan, compile_rules, warned
+from lrmult._rules import Rules, RulesLike
+from lrmult._running import RunTime
+from lrmult._scaling import is_opaque, select
+from lrmult._structure import Structure, read_structure
+
+
+def stop_frozen(
+    params: PyTree,
+    rules: RulesLike,
+    *,
+    structure: Structure | None = None,
+    strict: bool = True,
+) -> PyTree:
+    """Stop gradients into what is frozen, for use inside a loss.
+
+    Values stay what they are. The gradient of what is frozen becomes zero, and where whole arrays
+    are frozen no work is done for it. `wrap` alone saves that work if gradients are computed and
+    applied in one ``jit``, since XLA drops what nobody reads; this saves it also where gradients
+    leave the ``jit``: if the update is compiled apart, or gradients are logged, or their norm is
+    taken. For parts of arrays it cuts the gradient, but saves nothing.
+
+    Only a static multiplier of zero counts as frozen, as for `Plan.frozen`: a schedule that is 0
+    at a step does not. Element masks that are no outer product of vectors become constants of the
+    compiled program, with one bit for each element.
+
+    Args:
+        params: the parameters, as the loss gets them.
+        rules: see `Rules`.
+        structure: as for `compile_rules`.
+        strict: as for `compile_rules`.
+
+    Returns:
+        The parameters.
+
+    Raises:
+        LrmultError: what `compile_rules` raises.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import lrmult as lm
+        >>> params = {"trunk": jnp.array([1.0, 2.0]), "head": jnp.array([3.0, 4.0])}
+        >>> rules = [("trunk", None), (lm.rows("head", 0), None)]
+        >>> def loss(params):
+        ...     params = lm.stop_frozen(params, rules)
+        ...     return (params["trunk"] * params["head"]).sum()
+        >>> grads = jax.grad(loss)(params)
+        >>> print(grads["trunk"], grads["head"])
+        [0. 0.] [0. 2.]
+    """
+    read = Rules(rules)
+    plan = warned(cached_plan(read, params, read_structure(structure), strict))
+    packed = RunTime(read).packed
+    leaves = jax.tree.leaves(params)
+    for i, (leaf, scales) in enumerate(zip(leaves, plan.scales, strict=True)):
+        if shape_and_dtype(leaf)[1] is not None and not is_opaque(leaf):
+            leaves[i] = select(scales, packed, jax.lax.stop_gradient(leaf), leaf)
+    return jax.tree.unflatten(plan.treedef, leaves)
+
+
+def assert_frozen(
+    before: PyTree,
+    after: PyTree,
+    rules: RulesLike,
+    *,
+    structure: Structure | None = None,
+    strict: bool = True,
+) -> None:
+    """Raise if a bit of what is frozen changed.
+
+    For tests, and for a look now and then in mid-run: every frozen array, and every frozen part of
+    one, is compared bit by bit, on the host. ``-0.0`` and ``0.0`` differ, and a NaN equals itself.
+
+    Args:
+        before: the parameters before training.
+        after: the parameters after it, with the same paths, shapes and dtypes.
+        rules: see `Rules`.
+        structure: as for `compile_rules`.
+        strict: as for `compile_rules`.
+
+    Raises:
+        FrozenError: with the path, the index and both values of the first element that changed; or
+            if the two trees do not hold the same arrays. It is an AssertionError too.
+        LrmultError: what `compile_rules` raises.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import lrmult as lm
+        >>> before = {"trunk": jnp.array([1.0, 2.0]), "head": jnp.array([3.0])}
+        >>> after = {"trunk": jnp.array([1.0, 2.5]), "head": jnp.array([4.0])}
+        >>> lm.assert_frozen(before, after, [(lm.rows("trunk", 0), None)])
+        >>> lm.assert_frozen(before, after, [("trunk", None)])
+        Traceback (most recent call last):
+            ...
+        lrmult.FrozenError: 'trunk' float32[2] is frozen, but changed at [1]: 2.0 became 2.5
+    """
+    plan = warned(compile_rules(rules, before, structure=structure, strict=strict))
+    then, now = (_by_path(tree, jax.tree.leaves(tree)) for tree in (before, after))
+    if then.keys() != now.keys():
+        lost, new = then.keys() - now.keys(), now.keys() - then.keys()
+        raise FrozenError(
+            "before and after are not the same parameters: "
+            + "; ".join(
+                f"only {when} has {listing(sorted(names), 3)}"
+                for when, names in (("before", lost), ("after", new))
+                if names
+            )
+        )
+    for path, still in _by_path(before, plan.treedef.flatten_up_to(plan.frozen)).items():
+        _compare(path, then[path], now[path], still)
+
+
+def _by_path(tree: PyTree, leaves: Sequence[Any]) -> dict[str, Any]:
+    """What stands for each array of a tree."""
+    read = ParamTree(tree)
+    return {read.text(node): leaves[index] for index, node in read.arrays()}
+
+
+def _compare(path: str, before: Any, after: Any, frozen: Any) -> None:
+    """Raise if one of the elements that are frozen is not what it was."""
+    then, now = _on_host(before), _on_host(after)
+    name = f"{path!r} {then.dtype}[{','.join(map(str, then.shape))}]"
+    if (then.shape, then.dtype) != (now.shape, now.dtype):
+        seen = f"{now.dtype}[{','.join(map(str, now.shape))}]"
+        raise FrozenError(f"{name} became {seen}; the parameters must keep shapes and dtypes")
+    if frozen is False:
+        return
+    bits = [np.ascontiguousarray(each).view(np.uint8) for each in (then, now)]
+    changed = (bits[0] != bits[1]).reshape(*then.shape, then.itemsize).any(-1)
+    changed &= frozen.dense() if isinstance(frozen, Parts) else frozen
+    places = np.argwhere(changed)
+    if len(places):
+        index = tuple(places[0].tolist())
+        more = f", and so did {len(places) - 1:,} more of its elements" * (len(places) > 1)
+        at = f" at [{', '.join(map(str, index))}]" * bool(index)
+        raise FrozenError(
+            f"{name} is frozen, but changed{at}: {then[index]} became {now[index]}{more}"
+        )
+
+
+def _on_host(array: Any) -> np.ndarray[Any, Any]:
+    if jnp.issubdtype(jnp.result_type(array), jax.dtypes.prng_key):
+        array = jax.random.key_data(array)
+    return np.asarray(array)

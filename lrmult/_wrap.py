@@ -1,0 +1,222 @@
+"""Freezing that saves: an optimizer that sees only what trains."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from lrmult._errors import RuleError, show
+from lrmult._paths import PyTree
+from lrmult._plan import cached_plan, warned
+from lrmult._regions import Mask
+from lrmult._rules import Rules, RulesLike
+from lrmult._running import RulesState, RunTime
+from lrmult._scaling import scale
+from lrmult._states import check_state
+from lrmult._structure import Structure, read_structure
+from lrmult._view import View
+
+
+class WrapState(NamedTuple):
+    """What `wrap` keeps.
+
+    Attributes:
+        inner_state: the state of the optimizer, in which nothing is kept for what is frozen.
+        rules_state: what the rules keep: the step of schedules, and the bits of element masks.
+    """
+
+    inner_state: Any
+    rules_state: optax.EmptyState | RulesState
+
+
+def wrap(
+    optimizer: optax.GradientTransformation,
+    rules: RulesLike,
+    *,
+    compact: bool = False,
+    structure: Structure | None = None,
+    strict: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    """Run an optimizer on what trains alone, its updates multiplied by what the rules say.
+
+    What is trained and by how much is as in ``optax.chain(optimizer, scale_by_rules(rules))``, but
+    freezing saves:
+
+    * nothing in the optimizer's state is for a frozen array: `optax.MaskedNode` stands there;
+    * its gradient is never read, so within one ``jit`` XLA does no work for it. (Where gradients
+      leave the ``jit``, use `stop_frozen` in the loss.) Nor can a NaN or a large value in it reach
+      anything else, through the global norm of clipping for instance;
+    * where an array is frozen in part, the optimizer sees zeros for these elements of gradients and
+      parameters, so that the norms of `optax.lars` or `optax.adafactor` do not count them either;
+    * with ``compact=True`` it sees only the sub-array of places along each axis where anything
+      trains, and its state is as small. Optimizers that treat elements alone do the same as
+      without; those that look at whole matrices (muon, lamb, adafactor) take the sub-array for the
+      matrix, which is another, equally honest meaning than a matrix with zeros. Where places are
+      sharded among devices, to cut some out takes communication.
+
+    The whole chain belongs inside: `optax.clip_by_global_norm`, `optax.MultiSteps`,
+    `optax.apply_if_finite`, weight decay. Outside they read every gradient, and the work that was
+    to be saved is done after all. Schedules among the multipliers are evaluated at the number of
+    updates of the wrapper, which counts micro-steps if `optax.MultiSteps` is inside.
+
+    Extra arguments are translated: what is structured like the updates (``grad``) is narrowed to
+    what trains, a function (``value_fn`` of a line search, ``obj_fn`` of sophia) is called with
+    parameters in full, and all else (``value``) is handed on. `optax.value_and_grad_from_state` has
+    no use here, since the gradient that the state holds is narrow; take `jax.value_and_grad`.
+
+    Args:
+        optimizer: an optax gradient transformation.
+        rules: see `Rules`. What has a static multiplier of zero is frozen; a schedule that is 0 at
+            a step is not, and keeps its state.
+        compact: whether arrays that are frozen along axes are cut down to what trains.
+        structure: as for `compile_rules`.
+        strict: as for `compile_rules`.
+
+    Returns:
+        A gradient transformation. Its updates are structured like the parameters; what is frozen
+        gets a negative zero, which changes no bit.
+
+    Raises:
+        LrmultError: at once if a rule cannot be read; from ``init`` and ``update`` what
+            `compile_rules` raises. ``update`` raises a RuleError if its state was made for other
+            rules, as far as that shows: by which arrays train, or in the compact form by shapes.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import lrmult as lm
+        >>> import optax
+        >>> params = {"trunk": jnp.ones((3, 3)), "head": jnp.ones(3)}
+        >>> tx = lm.wrap(optax.adam(0.1), [("trunk", None), ("head", 2)])
+        >>> state = tx.init(params)
+        >>> optax.tree.get(state, "mu")
+        {'head': Array([0., 0., 0.], dtype=float32), 'trunk': MaskedNode()}
+        >>> grads = {"trunk": jnp.full((3, 3), jnp.nan), "head": jnp.ones(3)}
+        >>> updates, state = tx.update(grads, state, params)
+        >>> print(updates["head"].round(3), updates["trunk"][0])
+        [-0.2 -0.2 -0.2] [-0. -0. -0.]
+    """
+    inner = _read_optimizer(optimizer)
+    read, structure = Rules(rules), read_structure(structure)
+    running = RunTime(read)
+    checked: Any = None
+
+    def view(tree: PyTree, packed: Mapping[Mask, Any]) -> View:
+        return View(cached_plan(read, tree, structure, strict), compact, packed)
+
+    def init(params: PyTree) -> WrapState:
+        # optax itself calls `init` with a placeholder that has no leaves.
+        if jax.tree.leaves(params):
+            seen = view(params, running.packed)
+            warned(seen.plan)
+            params = seen.narrow(params)
+        return WrapState(inner.init(params), running.init())
+
+    def check(state: Any, seen: View, params: PyTree) -> None:
+        """See that a state was made for what trains: once for each kind of state."""
+        nonlocal checked
+        leaves, treedef = jax.tree.flatten(state)
+        kind = seen.plan, treedef, [np.shape(leaf) for leaf in leaves]
+        if kind != checked:
+            check_state(expected_state(inner, seen, params), state, params, _REMEDY)
+            checked = kind
+
+    def update(
+        updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
+    ) -> tuple[PyTree, WrapState]:
+        if not isinstance(state, WrapState):
+            raise RuleError(
+                f"the state is {show(state)}, but wrap keeps a WrapState; call init, or carry a "
+                "state over with lrmult.migrate"
+            )
+        at, rules_state = running.read(state.rules_state)
+        # The parameters decide what is frozen, as in `init`: updates may have other dtypes.
+        given = updates if params is None else params
+        seen = view(given, at.packed)
+        check(state.inner_state, seen, given)
+        of_updates = seen
+        if jax.tree.structure(updates) != seen.plan.treedef:
+            of_updates = view(updates, at.packed)
+        narrow, inner_state = inner.update(
+            of_updates.narrow(updates),
+            state.inner_state,
+            None if params is None else seen.narrow(params),
+            **{
+                name: _translated(value, extra_args, of_updates, updates, seen, params)
+                for name, value in extra_args.items()
+            },
+        )
+        scaled = [
+            scale(leaf, scales, *at)
+            for leaf, scales in zip(
+                of_updates.put_back(narrow, updates), of_updates.plan.scales, strict=True
+            )
+        ]
+        return of_updates.plan.treedef.unflatten(scaled), WrapState(inner_state, rules_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+_REMEDY = (
+    "use the rules that it was made with, or carry it over with "
+    "lrmult.migrate(state, params, optimizer, old_rules, new_rules)"
+)
+
+
+def expected_state(inner: Any, seen: View, params: PyTree) -> PyTree:
+    """What a state of an optimizer looks like, in shapes; nothing where that cannot be told."""
+    try:
+        return jax.eval_shape(lambda: inner.init(seen.narrow(params)))
+    except Exception:  # an optimizer may look at values, which are not there
+        return None
+
+
+def _read_optimizer(optimizer: Any) -> optax.GradientTransformationExtraArgs:
+    if isinstance(optimizer, optax.MultiSteps):
+        return optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise RuleError(
+            f"{show(optimizer)} is no optimizer; write lrmult.wrap(optimizer, rules) with an "
+            "optax.GradientTransformation such as optax.adamw(1e-3)"
+        )
+    return optax.with_extra_args_support(optimizer)
+
+
+def _translated(
+    value: Any,
+    extra_args: Mapping[str, Any],
+    of_updates: View,
+    updates: PyTree,
+    of_params: View,
+    params: PyTree,
+) -> Any:
+    """An extra argument as the optimizer is to see it.
+
+    What is like the updates is narrowed. A function of the parameters gets them in full, and its
+    other arguments as they were.
+    """
+    if _is_like(value, updates):
+        return of_updates.narrow(value)
+    # A module may be callable too, but it is a tree of arrays.
+    if not callable(value) or not jax.tree_util.all_leaves([value]) or params is None:
+        return value
+
+    @functools.wraps(value)  # optax reads its signature
+    def of_narrow(first: PyTree, *args: Any, **kwargs: Any) -> Any:
+        if of_params.is_narrow(first):
+            first = of_params.widen(first, params)
+        return value(first, *args, **{name: extra_args.get(name, kwargs[name]) for name in kwargs})
+
+    return of_narrow
+
+
+def _is_like(tree: PyTree, other: PyTree) -> bool:
+    """Whether two trees have one structure, and arrays of the same shapes."""
+    structure: Any = jax.tree.structure(tree)
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=False)
+    return structure == jax.tree.structure(other) and all(
+        np.shape(leaf) == np.shape(each) for leaf, each in pairs
+    )
