@@ -18,6 +18,7 @@ from lrmult._errors import (
     UnmatchedRuleError,
 )
 from lrmult._freezing import assert_frozen, stop_frozen
+from lrmult._migrate import migrate
 from lrmult._parts import Parts
 from lrmult._paths import paths
 from lrmult._plan import Claim, LeafPlan, Plan, compile_rules, trainable_mask
@@ -52,6 +53,7 @@ __all__ = [
     "assert_frozen",
     "compile_rules",
     "elements",
+    "migrate",
     "neurons",
     "optional",
     "paths",

@@ -44,6 +44,15 @@ class Box(NamedTuple):
     vectors: dict[int, Bools]
     all_trains: bool
 
+    def size(self, shape: Shape) -> Shape:
+        """The shape of what lies in it."""
+        vectors = self.vectors
+        return tuple(int(vectors[a].sum()) if a in vectors else n for a, n in enumerate(shape))
+
+    def below(self, axes: int) -> "Box":
+        """The same box in an array that has so many more axes in front."""
+        return self._replace(vectors={axis + axes: v for axis, v in self.vectors.items()})
+
 
 class Value(NamedTuple):
     """A schedule or an array at run time.
@@ -131,10 +140,9 @@ def box_of(shape: Shape, scales: Scales) -> Box:
         return Box({}, all_trains=True)
     trains = [scale.factor is not None for scale in scales]
     match = FirstMatch(shape, [scale.region for scale in scales])
-    vectors = match.box(trains).vectors
-    sizes = [vectors[a].sum() if a in vectors else size for a, size in enumerate(shape)]
+    box = Box(match.box(trains).vectors, all_trains=False)
     trained = sum(itertools.compress(match.counts, trains))
-    return Box(vectors, trained == math.prod(map(int, sizes)))
+    return box._replace(all_trains=trained == math.prod(box.size(shape)))
 
 
 def select(scales: Scales, packed: Mapping[Mask, Any], if_frozen: Any, if_trained: Any) -> Any:

@@ -48,26 +48,26 @@ def owners(state: Mapping[Path, Any], leaves: Sequence[Path]) -> dict[Path, int]
     return found
 
 
-def check_state(expected: PyTree, state: PyTree, params: PyTree, remedy: str) -> None:
+def check_state(
+    expected: Mapping[Path, Any], state: Mapping[Path, Any], leaves: Sequence[Path], remedy: str
+) -> None:
     """See that a state was made for what trains under the rules at hand.
 
     Args:
-        expected: what a state for these rules looks like; shapes are enough.
-        state: the state.
-        params: the parameters, or anything like them.
+        expected: the entries of a state for these rules; shapes are enough.
+        state: the entries of the state.
+        leaves: the paths of the parameters.
         remedy: what the message says to do.
 
     Raises:
         RuleError: if it holds something for other arrays, or for other parts of them.
     """
-    wanted, found = entries(expected), entries(state)
     lacking: dict[int, None] = {}
     needless: dict[int, None] = {}
     unlike: dict[int, tuple[Any, Any]] = {}
-    leaves = array_paths(params)
-    for path, leaf in owners(wanted, leaves).items():
-        want: Any = wanted[path]
-        have: Any = found.get(path)
+    for path, leaf in owners(expected, leaves).items():
+        want: Any = expected[path]
+        have: Any = state.get(path)
         if is_array(want) and not is_array(have):
             lacking[leaf] = None
         elif is_array(have) and not is_array(want):

@@ -9,13 +9,13 @@ import numpy as np
 import optax
 
 from lrmult._errors import RuleError, show
-from lrmult._paths import PyTree
+from lrmult._paths import PyTree, entries
 from lrmult._plan import cached_plan, warned
 from lrmult._regions import Mask
 from lrmult._rules import Rules, RulesLike
 from lrmult._running import RulesState, RunTime
 from lrmult._scaling import scale
-from lrmult._states import check_state
+from lrmult._states import array_paths, check_state
 from lrmult._structure import Structure, read_structure
 from lrmult._view import View
 
@@ -99,7 +99,7 @@ def wrap(
         >>> print(updates["head"].round(3), updates["trunk"][0])
         [-0.2 -0.2 -0.2] [-0. -0. -0.]
     """
-    inner = _read_optimizer(optimizer)
+    inner = read_optimizer(optimizer)
     read, structure = Rules(rules), read_structure(structure)
     running = RunTime(read)
     checked: Any = None
@@ -121,7 +121,8 @@ def wrap(
         leaves, treedef = jax.tree.flatten(state)
         kind = seen.plan, treedef, [np.shape(leaf) for leaf in leaves]
         if kind != checked:
-            check_state(expected_state(inner, seen, params), state, params, _REMEDY)
+            expected = entries(expected_state(inner, seen, params))
+            check_state(expected, entries(state), array_paths(params), _REMEDY)
             checked = kind
 
     def update(
@@ -174,7 +175,7 @@ def expected_state(inner: Any, seen: View, params: PyTree) -> PyTree:
         return None
 
 
-def _read_optimizer(optimizer: Any) -> optax.GradientTransformationExtraArgs:
+def read_optimizer(optimizer: Any) -> optax.GradientTransformationExtraArgs:
     if isinstance(optimizer, optax.MultiSteps):
         return optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):

@@ -37,6 +37,7 @@ ORDER = (
     "_view",
     "_states",
     "_wrap",
+    "_migrate",
     "__init__",
 )
 
@@ -65,6 +66,7 @@ def test_the_public_names():
         "assert_frozen",
         "compile_rules",
         "elements",
+        "migrate",
         "neurons",
         "optional",
         "paths",
