@@ -126,7 +126,9 @@ def _rules_state(found: Mapping[Path, Any], old_rules: Rules, fresh: Any) -> Any
         MaskError: if the state was made for other masks than those of the old rules.
     """
     kept = {path[1:]: entry for path, entry in found.items() if path[0] == "rules_state"}
-    masks = [entry for path, entry in kept.items() if path[:1] == ("rules_masks",)]
+    masks = [
+        entry for path, entry in kept.items() if path[:1] == ("rules_masks",) and is_array(entry)
+    ]
     RunTime(old_rules).check_masks(tuple(masks))
     step = kept.get(("rules_step",))
     if step is None or not isinstance(fresh, RulesState):
