@@ -147,7 +147,7 @@ def _compare(path: str, before: Any, after: Any, frozen: Any) -> None:
         more = f", and so did {len(places) - 1:,} more of its elements" * (len(places) > 1)
         at = f" at [{', '.join(map(str, index))}]" * bool(index)
         raise FrozenError(
-            f"{name} is frozen, but changed{at}: {then[index]} became {now[index]}{more}"
+            f"{name} is frozen, but changed{at}: {then[index]!s} became {now[index]!s}{more}"
         )
 
 

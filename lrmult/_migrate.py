@@ -38,7 +38,9 @@ def migrate(
     To thaw or freeze in mid-run without losing what the optimizer has learned:
 
     * what trained before and goes on training keeps its moments. The steps that follow are those of
-      a run in which it had trained alone all along, for optimizers that treat elements alone;
+      a run in which it had trained alone all along, for optimizers that treat elements alone (to
+      the bit, but that XLA may round a product and a sum once in one compiled step and twice in
+      another, where arrays are frozen in part);
     * what is thawed starts with fresh moments, and what is frozen loses them, both also within
       arrays;
     * step counters, hyperparameters and all else that is not for one array go on; so does the step
@@ -194,7 +196,7 @@ class _Carry:
         if not by_element:  # statistics of rows and columns
             return old if old.shape == np.shape(fresh) else fresh
         source, target = (box.below(lead) for box in boxes)
-        mixed = jnp.where(both, put_back(old, source), put_back(fresh, target))
+        mixed = jnp.where(both, put_back(old, source, old), put_back(fresh, target, fresh))
         return cut(mixed, target)
 
 

@@ -162,6 +162,7 @@ def select(scales: Scales, packed: Mapping[Mask, Any], if_frozen: Any, if_traine
 def cut(array: Any, box: Box) -> Any:
     """What lies in a box."""
     for axis, vector in box.vectors.items():
+        array = _unsharded(array, axis)
         first, last, step = _steps(vector)
         if step:
             array = jax.lax.slice_in_dim(array, first, last + 1, step, axis)
@@ -170,8 +171,10 @@ def cut(array: Any, box: Box) -> Any:
     return array
 
 
-def put_back(array: Any, box: Box) -> Any:
-    """An array in which something lies in a box; what lies outside is unspecified."""
+def put_back(array: Any, box: Box, like: Any) -> Any:
+    """An array like another in which something lies in a box; what is outside is unspecified."""
+    if not box.vectors:
+        return array
     for axis, vector in box.vectors.items():
         first, last, step = _steps(vector)
         if step:
@@ -181,7 +184,7 @@ def put_back(array: Any, box: Box) -> Any:
         else:
             # To gather from where each place comes is faster than to scatter.
             array = _gather(array, _sources(vector), axis)
-    return array
+    return _sharded_as(like, array)
 
 
 class _Part(NamedTuple):
@@ -294,13 +297,27 @@ def _gather(array: Any, places: Any, axis: int) -> Any:
     return jnp.take(array, places, axis, mode="clip", indices_are_sorted=True)
 
 
-def _sharded_as(update: Any, values: Any) -> Any:
-    """Values of the update's own shape, sharded as it is where shardings are part of types."""
-    sharding = jax.typeof(update).sharding
-    explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
-    if not explicit or np.shape(values) != update.shape:
+def _sharded_as(array: Any, values: Any) -> Any:
+    """Values of the array's own shape, sharded as it is where shardings are part of types."""
+    sharding = _explicit_sharding(array)
+    if sharding is None or np.shape(values) != array.shape:
         return values
     return jax.sharding.reshard(values, sharding)
+
+
+def _unsharded(array: Any, axis: int) -> Any:
+    """The array, along one axis on each device whole, where shardings are part of types."""
+    sharding = _explicit_sharding(array)
+    if sharding is None or sharding.spec[axis] is None:
+        return array
+    spec = [None if each == axis else name for each, name in enumerate(sharding.spec)]
+    return jax.sharding.reshard(array, sharding.update(spec=jax.sharding.PartitionSpec(*spec)))
+
+
+def _explicit_sharding(array: Any) -> Any:
+    """The sharding of an array, where it is part of its type."""
+    sharding = jax.typeof(array).sharding
+    return sharding if jax.sharding.AxisType.Explicit in sharding.mesh.axis_types else None
 
 
 def _here(part: _Part, shape: Shape) -> Any:

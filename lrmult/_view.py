@@ -60,7 +60,7 @@ class View:
         for i, trains in enumerate(self.plan.trains):
             if trains:
                 leaf = next(inside)
-                found[i] = leaf if is_opaque(leaf) else put_back(leaf, self.boxes[i])
+                found[i] = leaf if is_opaque(leaf) else put_back(leaf, self.boxes[i], found[i])
         return found
 
     def widen(self, narrow: PyTree, tree: PyTree) -> PyTree:

@@ -130,8 +130,8 @@ def wrap(
     ) -> tuple[PyTree, WrapState]:
         if not isinstance(state, WrapState):
             raise RuleError(
-                f"the state is {show(state)}, but wrap keeps a WrapState; call init, or carry a "
-                "state over with lrmult.migrate"
+                f"the state is {show(state)}, but wrap keeps a WrapState; call init, or make one of "
+                "what a checkpoint held with lrmult.migrate(state, params, optimizer, rules, rules)"
             )
         at, rules_state = running.read(state.rules_state)
         # The parameters decide what is frozen, as in `init`: updates may have other dtypes.

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lrmult as lm
+from tests.devices import printed_on_four_devices
 from tests.reference import dense, interpret
 from tests.test_constants import LARGEST_CONSTANT, constants, spec
 from tests.test_reference import cases
@@ -405,6 +406,63 @@ def test_what_is_like_the_updates_is_narrowed_and_the_rest_is_handed_on():
     assert is_cut(seen["scale"]["w0"])
     assert seen["called"].tobytes() == PARAMS["w2"].tobytes()
     assert seen["value_fn"].__wrapped__ is value_fn
+
+
+# --- several devices -----------------------------------------------------------------------------
+
+
+def test_sharded_arrays_need_no_communication_and_stay_sharded():
+    code = """
+import re
+import jax, jax.numpy as jnp, optax, lrmult as lm
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+specs = {"a": P("d", None), "b": P(None, "d"), "c": P("d", None)}
+rows = [(lm.rows("b", [1, 2, 7]), None), ("c", None)]
+adamw = optax.adamw(0.1)
+
+def step_of(tx):
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+for kind in AxisType.Auto, AxisType.Explicit:
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(kind,))
+    with jax.set_mesh(mesh):
+        shapes = {"a": (8, 16), "b": (16, 8), "c": (8, 8)}
+        params = {
+            name: jax.device_put(jnp.ones(shapes[name]), NamedSharding(mesh, spec))
+            for name, spec in specs.items()
+        }
+        for compact in False, True:
+            rules = [*rows, (lm.rows("a", [0, 3]), None)][: 3 - compact]
+            tx = lm.wrap(adamw, rules, compact=compact)
+            compiled = jax.jit(step_of(tx)).lower(params, tx.init(params), params).compile()
+            text = compiled.as_text()
+            assert not re.search("all-gather|all-reduce|collective-permute|all-to-all", text)
+            after, state = compiled(params, tx.init(params), params)
+            lm.assert_frozen(params, after, rules)
+            assert (after["b"][0] != params["b"][0]).all()
+            for name, spec in specs.items():
+                assert after[name].sharding.is_equivalent_to(NamedSharding(mesh, spec), 2)
+            _, state = step_of(tx)(params, tx.init(params), params)
+            state = lm.migrate(state, after, adamw, rules, [("c", None)], compact=compact)
+            tx = lm.wrap(adamw, [("c", None)], compact=compact)
+            step_of(tx)(params, state, params)
+        for index in slice(0, 4), [0, 3, 4, 6], [1, 5, 6]:  # places that are sharded
+            rules = [(lm.rows("a", index), 1), (..., None)]
+            tx = lm.wrap(adamw, rules, compact=True)
+            for run in step_of(tx), jax.jit(step_of(tx)):
+                after, state = run(params, tx.init(params), params)
+                lm.assert_frozen(params, after, rules)
+                assert (after["a"] != params["a"]).any(axis=1).sum() == jnp.arange(8)[
+                    jnp.array(index) if isinstance(index, list) else index
+                ].size
+        print(kind.name)
+"""
+    assert printed_on_four_devices(code).split() == ["Auto", "Explicit"]
 
 
 # --- mistakes ------------------------------------------------------------------------------------
