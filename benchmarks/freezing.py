@@ -19,9 +19,9 @@ The bounds hold also with clipping by the global norm inside (``clip``), in an `
 (``nnx``) and for several steps in a ``lax.scan`` (``scan``). With the gradient in a ``jit`` of its
 own (``grad``), `lrmult.stop_frozen` keeps it within 1 % of the operations of the ceiling.
 
-``compact`` is about a large embedding with 64 rows in training, beside ``wrap`` without ``compact``:
-state of at most 0.005 of what adam keeps for the whole, the same values in the trained rows, and a
-step time of at most 1.10 times.
+``compact`` is about a large embedding, 64 rows of which train, beside ``wrap`` without
+``compact=True``: its state is at most 0.005 of what adam keeps for the whole, trained rows are the
+same to the bit where nothing is fused, and a step takes at most 1.10 times as long.
 
 Run with ``python benchmarks/freezing.py``, or a part of it quickly with ``--only prefix head
 --variants step --pairs 5``; exits with 1 if a bound is missed. Times are to be believed on a quiet
@@ -50,7 +50,7 @@ import lrmult as lm
 
 FLOPS, TEMP, TIME, COMPACT_STATE = 0.01, 1.05, 1.10, 0.005
 ROWS = 64
-SAME_LOSS = 1e-4
+SAME_LOSS, SAME_VALUE = 1e-4, 1e-6
 
 
 # The model. Weights and biases are two arguments, which are the same tree where all is in one.
@@ -105,7 +105,7 @@ def parameters(options: Any) -> Any:
     def linear(rows: int, columns: int) -> Any:
         return {"kernel": kernel(rows, columns), "bias": jnp.zeros(columns)}
 
-    shapes = {name: (width, width) for name in ("query", "key", "value", "out")}
+    shapes = dict.fromkeys(("query", "key", "value", "out"), (width, width))
     shapes |= {"up": (width, wide), "down": (wide, width)}
     return {
         "embed": kernel(options.vocabulary, width),
@@ -139,6 +139,7 @@ class Block(nnx.Module):
         self.down = nnx.Linear(4 * width, width, rngs=rngs)
 
     def __call__(self, x: Any) -> Any:
+        """What comes out for what goes in."""
         mask = nnx.make_causal_mask(x[..., 0])
         x = x + self.attention(self.norm_1(x), mask=mask)
         return x + self.down(nnx.gelu(self.up(self.norm_2(x))))
@@ -240,7 +241,7 @@ def head(options: Any) -> Case:
 
 
 CASES = {
-    "prefix": lambda options: prefix(options, round(0.9 * options.depth)),
+    "prefix": lambda options: prefix(options, options.depth * 9 // 10),
     "bitfit": bitfit,
     "head": head,
 }
@@ -586,11 +587,13 @@ def compact(report: Report, options: Any) -> None:
             trained = [np.asarray(some.carried[0]["embed"])[chosen] for some in forms.values()]
             row = report.compare(part, forms, "wrap", options.pairs)["compact"]
             row["of_full_state"] = row["state"] / full
-            row["same_bits"] = trained[0].tobytes() == trained[1].tobytes()
-            row["largest_difference"] = float(np.abs(trained[0] - trained[1]).max())
+            row["difference"] = float(np.abs(trained[0] - trained[1]).max())
             report.bound(f"{part}: state", row["of_full_state"] <= COMPACT_STATE)
-            report.bound(f"{part}: the same rows", row["same_bits"])
+            report.bound(f"{part}: trained rows", row["difference"] <= SAME_VALUE)
             report.bound(f"{part}: time", row["time_ratio"] <= TIME)
+        same = same_bits(rules, params, grads, chosen)
+        report.row(f"compact, {where}, rows", "same bits" if same else "other bits")
+        report.bound(f"compact, {where}: bits of rows", same)
         for name, tx in (
             ("adafactor", optax.adafactor(1e-3)),
             ("muon", optax.contrib.muon(1e-3)),
@@ -601,6 +604,23 @@ def compact(report: Report, options: Any) -> None:
             report.bound(
                 f"compact, {where}, {name}: it trains", np.isfinite(moved).all() and moved.any()
             )
+
+
+def same_bits(rules: Any, params: Any, grads: Any, chosen: Any) -> bool:
+    """Whether rows are the same with and without ``compact``, to the bit, after three steps.
+
+    The operations run one by one. In one program a compiler may or may not round between a product
+    and a sum, which depends on what else stands there.
+    """
+    found = []
+    for small in (False, True):
+        tx, kept = lm.wrap(optax.adam(1e-3), rules, compact=small), params
+        state = tx.init(params)
+        for _ in range(3):
+            updates, state = tx.update(grads, state, kept)
+            kept = optax.apply_updates(kept, updates)
+        found.append(np.asarray(kept["embed"])[chosen].tobytes())
+    return found[0] == found[1]
 
 
 VARIANTS = "step", "clip", "nnx", "scan", "grad"
@@ -622,7 +642,7 @@ def main() -> int:
         ("--width", 256, "of the transformer"),
         ("--heads", 4, "of its attention"),
         ("--vocabulary", 512, "of its tokens"),
-        ("--batch", 8, "sequences in a batch"),
+        ("--batch", 4, "sequences in a batch"),
         ("--length", 64, "tokens in a sequence"),
         ("--steps", 3, "steps in a scan"),
         ("--rows", 50_000, "of the embedding of the compact case"),

@@ -1,5 +1,6 @@
 """What is frozen, outside an optimizer: in a loss, and in a test."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,7 +44,7 @@ def stop_frozen(
         strict: as for `compile_rules`.
 
     Returns:
-        The parameters.
+        The parameters. An NNX module is changed in place, as by `flax.nnx.update`, and returned.
 
     Raises:
         LrmultError: what `compile_rules` raises.
@@ -61,6 +62,10 @@ def stop_frozen(
         >>> print(grads["trunk"], grads["head"])
         [0. 0.] [0. 2.]
     """
+    nnx: Any = sys.modules.get("flax.nnx")
+    module = params if nnx is not None and isinstance(params, nnx.Module) else None
+    if module is not None:
+        params = nnx.state(module)
     read = Rules(rules)
     plan = warned(cached_plan(read, params, read_structure(structure), strict))
     packed = RunTime(read).packed
@@ -68,7 +73,12 @@ def stop_frozen(
     for i, (leaf, scales) in enumerate(zip(leaves, plan.scales, strict=True)):
         if shape_and_dtype(leaf)[1] is not None and not is_opaque(leaf):
             leaves[i] = select(scales, packed, jax.lax.stop_gradient(leaf), leaf)
-    return jax.tree.unflatten(plan.treedef, leaves)
+    stopped = jax.tree.unflatten(plan.treedef, leaves)
+    if module is None:
+        return stopped
+    # What a copy of the module counted or drew at random would be lost.
+    nnx.update(module, stopped)
+    return module
 
 
 def assert_frozen(

@@ -45,14 +45,16 @@ def migrate(
       arrays;
     * step counters, hyperparameters and all else that is not for one array go on; so does the step
       of schedules among the multipliers, if the old rules had some. Since counters go on, Adam does
-      not correct the bias of fresh moments: the first updates of what is thawed are up to about
-      three times as large as the learning rate, which a schedule in the new rules can soften;
+      not correct the bias of fresh moments: with its default decay the updates of what is thawed
+      are three to seven times as large as they should be in the first hundred steps, and a quarter
+      larger after a thousand. A schedule in the new rules can make up for that
+      (``examples/gradual_unfreezing.py``);
     * statistics of rows and columns (adafactor, sm3) are kept as they are if an array goes on
       training in part, and start afresh if their size changes.
 
     Args:
         opt_state: the state. One that Orbax restored without a target, as plain containers, will
-            do too.
+            do too, and so will one of the optimizer itself, for which the old rules are ``[]``.
         params: the parameters as they are now.
         optimizer: what is wrapped.
         old_rules: the rules that the state was made with.
@@ -92,16 +94,16 @@ def migrate(
     structure = read_structure(structure)
     new = wrap(optimizer, new_rules, compact=compact, structure=structure, strict=strict)
     fresh = new.init(params)
-    if not isinstance(opt_state, WrapState) and not (
-        isinstance(opt_state, Mapping) and opt_state.keys() == set(WrapState._fields)
-    ):
-        raise RuleError(f"{show(opt_state)} is no state of lrmult.wrap, which is a WrapState")
     rules = Rules(old_rules), Rules(new_rules)
     views = [
         View(cached_plan(each, params, structure, strict), compact, RunTime(each).packed)
         for each in rules
     ]
     expected = expected_state(read_optimizer(optimizer), views[0], params)
+    if not isinstance(opt_state, WrapState) and not (
+        isinstance(opt_state, Mapping) and opt_state.keys() == set(WrapState._fields)
+    ):
+        opt_state = WrapState(opt_state, optax.EmptyState())
     found = entries(opt_state)
     inner = {path[1:]: entry for path, entry in found.items() if path[0] == "inner_state"}
     remedy = "pass the rules that it was made with as old_rules"

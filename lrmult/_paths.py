@@ -65,7 +65,7 @@ class ParamTree:
         names, parents, children = self.names, self.parents, self.children
         previous: KeyPath = ()
         nodes = [0]  # along the previous path
-        found, treedef = _flatten(params, _box_types())
+        found, treedef = _flatten(params, box_types())
         self.treedef = treedef or jax.tree.structure(params)
         for path, value in found:
             shared = 0
@@ -301,7 +301,7 @@ def shape_and_dtype(leaf: Any) -> tuple[tuple[int, ...], Any]:
         return (), jnp.result_type(leaf) if is_number else None
 
 
-def _box_types() -> tuple[type, ...]:
+def box_types() -> tuple[type, ...]:
     """The classes that hold an array under ``value``, of those libraries that are imported."""
     found = []
     for module, name in (("flax.nnx", "Variable"), ("flax.core.meta", "AxisMetadata")):
@@ -316,7 +316,7 @@ def entries(tree: PyTree) -> dict[tuple[str, ...], Any]:
 
     Holes and containers without children are among it.
     """
-    found, _ = _flatten(tree, _box_types(), (tuple, list, dict))
+    found, _ = _flatten(tree, box_types(), (tuple, list, dict))
     return {
         tuple(itertools.chain.from_iterable(map(_segments_of, path))): value
         for path, value in found

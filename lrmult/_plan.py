@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
+from optax import MaskedNode
 
 from lrmult._checks import check
 from lrmult._claims import Matched, Pieces
 from lrmult._matching import match
 from lrmult._multipliers import Multiplier
 from lrmult._parts import Values, frozen_of, values_of
-from lrmult._paths import ParamTree, PyTree, shape_and_dtype
+from lrmult._paths import ParamTree, PyTree, box_types, shape_and_dtype
 from lrmult._rules import Rules, RulesLike, show_rule
 from lrmult._scaling import Box, Scales, box_of, is_frozen, scales_of
 from lrmult._structure import Structure, add_structure, read_structure
@@ -64,7 +65,8 @@ class Plan:
         rules: the rules that it was compiled from.
         treedef: the structure of the parameter tree.
         structure: the facts about the model that it was compiled with.
-        claims: per leaf, in the order of `jax.tree.leaves`, which rule has which elements.
+        shapes: per leaf, in the order of `jax.tree.leaves`, its shape.
+        claims: per leaf which rule has which elements.
         warnings: what `strict=False` let pass.
     """
 
@@ -81,6 +83,7 @@ class Plan:
         self.treedef: Any = tree.treedef
         self.claims: tuple[Pieces, ...] = tuple(claims)
         self.warnings: tuple[str, ...] = tuple(warnings)
+        self.shapes: tuple[tuple[int, ...], ...] = tuple(tree.shapes)
         self._tree = tree
 
     def _per_leaf(
@@ -90,7 +93,7 @@ class Plan:
         given = [rule.multiplier for rule in self.rules]
         known: dict[Any, Any] = {}  # arrays that one rule has as a whole share their pieces
         found = []
-        for shape, pieces in zip(self._tree.shapes, self.claims, strict=True):
+        for shape, pieces in zip(self.shapes, self.claims, strict=True):
             key = id(pieces), shape
             if key not in known:
                 got = [1.0 if piece.rule is None else given[piece.rule] for piece in pieces]
@@ -108,7 +111,7 @@ class Plan:
         """What of each leaf trains along the axes that it is frozen along, in the same order."""
         known: dict[Any, Box] = {}
         found = []
-        for shape, scales in zip(self._tree.shapes, self.scales, strict=True):
+        for shape, scales in zip(self.shapes, self.scales, strict=True):
             key = id(scales), shape
             if key not in known:
                 known[key] = box_of(shape, scales)
@@ -161,6 +164,19 @@ class Plan:
                 node is not None and not is_frozen(scales)
                 for node, scales in zip(self._tree.places, self.scales, strict=True)
             ]
+        )
+
+    @functools.cached_property
+    def narrow_treedef(self) -> Any:
+        """The structure of what trains: `optax.MaskedNode` in place of all else, and of its box."""
+        kinds = box_types()
+        tree = self.treedef.unflatten([0 if trains else MaskedNode() for trains in self.trains])
+        return jax.tree.structure(
+            jax.tree.map(
+                lambda node: node if jax.tree.leaves(node) else MaskedNode(),
+                tree,
+                is_leaf=lambda node: isinstance(node, kinds),
+            )
         )
 
     @functools.cached_property

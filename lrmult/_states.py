@@ -88,7 +88,8 @@ def check_state(
         )
     if seen:
         raise RuleError(
-            f"this optimizer state was made for other rules: {'; '.join(seen)}; {remedy}"
+            "this state was made for other rules, or another optimizer: "
+            f"{'; '.join(seen)}; {remedy}"
         )
 
 

@@ -22,7 +22,11 @@ def scale_by_rules(
     decoupled weight decay included, for all optimizers whose update is linear in their learning
     rate. Before Adam and its relatives, which divide by the size of the gradient, it does nothing.
     Nothing should come after it: weight decay would move what is frozen, and a factor such as the
-    learning rate would turn the negative zeros below into positive ones.
+    learning rate would turn the negative zeros below into positive ones. Wrappers that compute the
+    parameters themselves (`optax.contrib.schedule_free`, `optax.lookahead`, `optax.contrib.sam`)
+    stand outside, with the frozen rules once more after them; ``docs/optimizers.md`` has a row for
+    each optimizer. What is frozen still counts in norms before it, and costs what it ever did: see
+    `wrap`.
 
     * Frozen arrays keep every bit under any optimizer, weight decay and momentum, also where their
       gradient is NaN or infinite: their update is a constant negative zero, since adding ``+0.0``

@@ -6,8 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
+import numpy as np
 
+from lrmult._errors import RuleError
 from lrmult._paths import PyTree
 from lrmult._plan import Plan
 from lrmult._regions import Mask
@@ -38,26 +39,46 @@ class View:
         self._packed = packed
 
     def narrow(self, tree: PyTree) -> PyTree:
-        """What of a tree like the parameters is for what trains."""
-        found = self._leaves(tree)
-        for i, leaf in enumerate(found):
-            if not self.plan.trains[i]:
-                found[i] = optax.MaskedNode()
-            elif not is_opaque(leaf):
-                if not self.boxes[i].all_trains:
-                    zeros = jnp.zeros_like(leaf)
-                    leaf = select(self.plan.scales[i], self._packed, zeros, leaf)
-                found[i] = cut(leaf, self.boxes[i])
-        return self.plan.treedef.unflatten(found)
+        """What of a tree like the parameters is for what trains.
+
+        Its arrays may have more axes in front, as gradients for each example have.
+        """
+        found = []
+        for i, leaf in enumerate(self._leaves(tree)):
+            if self.plan.trains[i]:
+                narrow = functools.partial(self._narrow, i)
+                for _ in range(np.ndim(leaf) - len(self.plan.shapes[i])):
+                    narrow = jax.vmap(narrow)
+                found.append(narrow(leaf))
+        return self.plan.narrow_treedef.unflatten(found)
+
+    def _narrow(self, i: int, leaf: Any) -> Any:
+        if is_opaque(leaf):
+            return leaf
+        box = self.boxes[i]
+        if not box.all_trains:
+            leaf = select(self.plan.scales[i], self._packed, jnp.zeros_like(leaf), leaf)
+        return cut(leaf, box)
 
     def put_back(self, narrow: PyTree, tree: PyTree) -> list[Any]:
         """The leaves of a full tree, with those of a narrow one in their places.
 
         Frozen elements of arrays that train in part are unspecified.
+
+        Raises:
+            RuleError: if the narrow one is structured otherwise.
         """
         found = self._leaves(tree)
-        inside = iter(self._narrow_treedef.flatten_up_to(narrow))
+        try:
+            inside = iter(self.plan.narrow_treedef.flatten_up_to(narrow))
+        except (TypeError, ValueError):
+            raise RuleError(
+                "the updates of the optimizer are not structured like its gradients, as those of "
+                "optax.lookahead; put lrmult.wrap inside it"
+            ) from None
         for i, trains in enumerate(self.plan.trains):
+            for _ in range(np.ndim(found[i]) - len(self.plan.shapes[i])):
+                found[i] = found[i][0]
             if trains:
                 leaf = next(inside)
                 found[i] = leaf if is_opaque(leaf) else put_back(leaf, self.boxes[i], found[i])
@@ -79,12 +100,7 @@ class View:
 
     def is_narrow(self, tree: PyTree) -> bool:
         """Whether a tree is structured like a narrow one."""
-        return bool(jax.tree.structure(tree) == self._narrow_treedef)
+        return bool(jax.tree.structure(tree) == self.plan.narrow_treedef)
 
     def _leaves(self, tree: PyTree) -> list[Any]:
         return list(self.plan.treedef.flatten_up_to(tree))
-
-    @functools.cached_property
-    def _narrow_treedef(self) -> Any:
-        leaves = [0 if trains else optax.MaskedNode() for trains in self.plan.trains]
-        return jax.tree.structure(self.plan.treedef.unflatten(leaves))

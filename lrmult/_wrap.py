@@ -66,6 +66,8 @@ def wrap(
     what trains, a function (``value_fn`` of a line search, ``obj_fn`` of sophia) is called with
     parameters in full, and all else (``value``) is handed on. `optax.value_and_grad_from_state` has
     no use here, since the gradient that the state holds is narrow; take `jax.value_and_grad`.
+    Updates may have an axis of examples in front (`optax.contrib.dpsgd`), if the parameters are
+    passed too.
 
     Args:
         optimizer: an optax gradient transformation.
@@ -130,8 +132,8 @@ def wrap(
     ) -> tuple[PyTree, WrapState]:
         if not isinstance(state, WrapState):
             raise RuleError(
-                f"the state is {show(state)}, but wrap keeps a WrapState; call init, or make one of "
-                "what a checkpoint held with lrmult.migrate(state, params, optimizer, rules, rules)"
+                f"the state is {show(state)}, but wrap keeps a WrapState; call init, or make it "
+                "one with lrmult.migrate(state, params, optimizer, old_rules, new_rules)"
             )
         at, rules_state = running.read(state.rules_state)
         # The parameters decide what is frozen, as in `init`: updates may have other dtypes.
@@ -196,8 +198,8 @@ def _translated(
 ) -> Any:
     """An extra argument as the optimizer is to see it.
 
-    What is like the updates is narrowed. A function of the parameters gets them in full, and its
-    other arguments as they were.
+    What is like the updates is narrowed. A function of the parameters gets them in full, its other
+    arguments as they were, and what it returns is narrowed if it is like the parameters.
     """
     if _is_like(value, updates):
         return of_updates.narrow(value)
@@ -209,7 +211,9 @@ def _translated(
     def of_narrow(first: PyTree, *args: Any, **kwargs: Any) -> Any:
         if of_params.is_narrow(first):
             first = of_params.widen(first, params)
-        return value(first, *args, **{name: extra_args.get(name, kwargs[name]) for name in kwargs})
+        kwargs = {name: extra_args.get(name, kwargs[name]) for name in kwargs}
+        result = value(first, *args, **kwargs)
+        return of_updates.narrow(result) if _is_like(result, params) else result
 
     return of_narrow
 

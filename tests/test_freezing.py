@@ -100,8 +100,8 @@ def changed(path, index, value):
         (changed("trunk/n", (2,), 7), "'trunk/n' int32[3] is frozen, but changed at [2]: 2 became"),
         (
             changed("trunk/w", (slice(None), 1), 1.0078125),
-            "'trunk/w' bfloat16[2,2] is frozen, but changed at [0, 1]: 1 became 1.00781, and so did "
-            "1 more of its elements",
+            "'trunk/w' bfloat16[2,2] is frozen, but changed at [0, 1]: 1 became 1.00781, and so "
+            "did 1 more of its elements",
         ),
         (BEFORE | {"head": jnp.ones((2, 3))}, "'head' float32[2,2] became float32[2,3]"),
         (BEFORE | {"head": jnp.ones((2, 2), jnp.float16)}, "'head' float32[2,2] became float16"),

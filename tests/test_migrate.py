@@ -193,6 +193,18 @@ def test_the_step_of_schedules_goes_on():
     assert lm.migrate(state, params, sgd, [], old).rules_state.rules_step == 0
 
 
+def test_from_the_optimizer_itself():
+    adam, rules = optax.adam(0.1), [("trunk", None), (lm.rows("head/w0", [0, 2]), None)]
+    params, state = run(adam, PARAMS, BEFORE)
+    for compact in (False, True):
+        found = lm.migrate(state, params, adam, [], rules, compact=compact)
+        wrapped = lm.wrap(adam, []).init(params)._replace(inner_state=state)
+        expected = lm.migrate(wrapped, params, adam, [], rules, compact=compact)
+        assert moments(found, "head/w1").any()
+        for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+            assert a.tobytes() == b.tobytes()
+
+
 def test_in_a_jit():
     adam, (old, new, _) = optax.adam(0.1), PARTS["axes"]
     params, state = run(lm.wrap(adam, old), PARAMS, BEFORE)
@@ -229,9 +241,10 @@ def mistakes():
     return {
         "other arrays": (
             (state_of(adam, trunk), adam, head, []),
-            "made for other rules: it holds nothing for 'trunk/w0' and 'trunk/w1', which these "
-            "rules train; it holds something for 'head/w0', 'head/w1' and 'head/w2', which these "
-            "rules freeze; pass the rules that it was made with as old_rules",
+            "made for other rules, or another optimizer: it holds nothing for 'trunk/w0' and "
+            "'trunk/w1', which these rules train; it holds something for 'head/w0', 'head/w1' and "
+            "'head/w2', which these rules freeze; pass the rules that it was made with as "
+            "old_rules",
         ),
         "other parts": (
             (state_of(adam, rows, compact=True), adam, more, [], {"compact": True}),
@@ -252,7 +265,7 @@ def mistakes():
         ),
         "not wrapped": (
             (adam.init(PARAMS), adam, trunk, []),
-            "is no state of lrmult.wrap",
+            "it holds something for 'trunk/w0' and 'trunk/w1', which these rules freeze",
         ),
         "flat": (
             (state_of(flat, trunk), flat, trunk, []),

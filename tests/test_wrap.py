@@ -408,6 +408,56 @@ def test_what_is_like_the_updates_is_narrowed_and_the_rest_is_handed_on():
     assert seen["value_fn"].__wrapped__ is value_fn
 
 
+def test_gradients_for_each_example_have_an_axis_in_front():
+    rules = [("w0", None), (lm.rows("w2", [0, 3]), None)]
+    aggregate = optax.contrib.differentially_private_aggregate(1.0, 0.0, key=jax.random.key(0))
+    dpsgd = optax.chain(aggregate, optax.sgd(0.1))
+    grads = jax.tree.map(lambda p: jnp.stack([p, 2 * p, -p]), PARAMS)
+    other = grads | {
+        "w0": grads["w0"] * jnp.nan,
+        "w2": grads["w2"].at[:, jnp.array([0, 3])].set(jnp.inf),
+    }
+    inside = {"w1": grads["w1"], "w2": grads["w2"][:, jnp.array([1, 2, 4])], "w3": grads["w3"]}
+    expected, _ = dpsgd.update(inside, dpsgd.init(inside))
+    for compact in (False, True):
+        tx = lm.wrap(dpsgd, rules, compact=compact)
+        updates, _ = tx.update(other, tx.init(PARAMS), PARAMS)
+        after = optax.apply_updates(PARAMS, updates)
+        assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, PARAMS)
+        lm.assert_frozen(PARAMS, after, rules)
+        updates["w2"] = updates["w2"][jnp.array([1, 2, 4])]
+        for name, update in expected.items():
+            np.testing.assert_allclose(updates[name], update, rtol=1e-6)
+
+
+def test_gradients_that_a_function_returns_are_narrowed():
+    def loss(params):
+        return sum(jnp.sum(p**2) for p in params.values())
+
+    sam = optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.1), opaque_mode=True)
+    rules = [("w0", None), (lm.rows("w2", 0), None)]
+    gradient = jax.grad(loss)
+    for compact in (False, True):
+        tx = lm.wrap(sam, rules, compact=compact)
+        updates, _ = tx.update(
+            gradient(PARAMS), tx.init(PARAMS), PARAMS, grad_fn=lambda p, _: gradient(p)
+        )
+        inside = {name: PARAMS[name] for name in ("w1", "w3")} | {"w2": PARAMS["w2"][1:]}
+        expected, _ = sam.update(
+            gradient(inside), sam.init(inside), inside, grad_fn=lambda p, _: gradient(p)
+        )
+        updates["w2"] = updates["w2"][1:]
+        for name, update in expected.items():
+            np.testing.assert_allclose(updates[name], update, rtol=1e-6)
+
+
+def test_updates_of_another_structure_are_refused():
+    tx = lm.wrap(optax.lookahead(optax.sgd(0.1), 3, 0.5), [("**/w0", None)])
+    params = optax.LookaheadParams(PARAMS, PARAMS)
+    with pytest.raises(lm.RuleError, match=r"not structured like its gradients, .* put lrmult"):
+        tx.update(PARAMS, tx.init(params), params)
+
+
 # --- several devices -----------------------------------------------------------------------------
 
 
@@ -475,8 +525,8 @@ def test_a_state_for_other_arrays_names_them(jit):
     update = jax.jit(tx.update) if jit else tx.update
     with pytest.raises(
         lm.RuleError,
-        match=r"made for other rules: it holds nothing for 'w0', which these rules train; it "
-        r"holds something for 'w2', which these rules freeze; .*lrmult\.migrate\(",
+        match=r"made for other rules, or another optimizer: it holds nothing for 'w0', which these "
+        r"rules train; it holds something for 'w2', which these rules freeze; .*lrmult\.migrate\(",
     ):
         update(PARAMS, made, PARAMS)
 
