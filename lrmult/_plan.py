@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -169,15 +170,18 @@ class Plan:
     @functools.cached_property
     def narrow_treedef(self) -> Any:
         """The structure of what trains: `optax.MaskedNode` in place of all else, and of its box."""
-        kinds = box_types()
         tree = self.treedef.unflatten([0 if trains else MaskedNode() for trains in self.trains])
-        return jax.tree.structure(
-            jax.tree.map(
-                lambda node: node if jax.tree.leaves(node) else MaskedNode(),
-                tree,
-                is_leaf=lambda node: isinstance(node, kinds),
-            )
-        )
+        kinds, nnx = box_types(), sys.modules.get("flax.nnx")
+        # NNX walks all nodes of an optimizer's state in Python, at every call of what it has
+        # compiled; so of one of its states what is frozen is cut out in pieces as large as can be.
+        whole = nnx is not None and isinstance(tree, nnx.State)
+
+        def is_piece(node: Any) -> bool:
+            return isinstance(node, kinds) or (whole and not jax.tree.leaves(node))
+
+        pieces, treedef = jax.tree.flatten(tree, is_leaf=is_piece)
+        kept = [piece if jax.tree.leaves(piece) else MaskedNode() for piece in pieces]
+        return jax.tree.structure(jax.tree.unflatten(treedef, kept))
 
     @functools.cached_property
     def leaves(self) -> tuple[LeafPlan, ...]:

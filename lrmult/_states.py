@@ -1,7 +1,12 @@
 """The states of optimizers, read by path: what in them is for which parameter."""
 
+import functools
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
+
+import numpy as np
+from optax import MaskedNode
 
 from lrmult._errors import RuleError, listing, show
 from lrmult._paths import PyTree, entries, shape_and_dtype
@@ -21,29 +26,33 @@ def array_paths(params: PyTree) -> list[Path]:
 
 
 def owners(state: Mapping[Path, Any], leaves: Sequence[Path]) -> dict[Path, int]:
-    """Which array of the parameters each entry of a state is for; the other entries are left out.
+    """Which array of the parameters each array of a state is for; the others are left out.
 
     A state holds copies of the parameter tree, with something else in place of each array. A node
-    is such a copy if every path of the parameters leads somewhere from there.
+    is such a copy if every path of the parameters leads somewhere from there, be it to a hole.
 
     Args:
         state: the entries of the state.
         leaves: the paths of the parameters.
     """
-    if not leaves:
-        return {}
+    numbers = {leaf: index for index, leaf in enumerate(leaves)}
     nodes = {path[:depth] for path in state for depth in range(len(path) + 1)}
-    first = leaves[0]
-    copied: dict[Path, int] = {}
-    for node in nodes:
-        above = node[: len(node) - len(first)]
-        if node == above + first and all(above + leaf in nodes for leaf in leaves):
-            copied.update({above + leaf: index for index, leaf in enumerate(leaves)})
+
+    def leads_on(above: Path, leaf: Path) -> bool:
+        holes = (above + leaf[:depth] for depth in range(1, len(leaf)))
+        return above + leaf in nodes or any(hole in state for hole in holes)
+
+    @functools.cache
+    def is_copy(node: Path) -> bool:
+        return all(leads_on(node, leaf) for leaf in leaves)
+
     found = {}
-    for path in state:
-        for depth in range(len(path), -1, -1):
-            if path[:depth] in copied:
-                found[path] = copied[path[:depth]]
+    for path, entry in state.items():
+        depths = range(len(path) + 1) if is_array(entry) else ()
+        for start, end in itertools.combinations_with_replacement(depths, 2):
+            leaf = path[start:end]
+            if leaf in numbers and is_copy(path[:start]):
+                found[path] = numbers[leaf]
                 break
     return found
 
@@ -65,14 +74,17 @@ def check_state(
     lacking: dict[int, None] = {}
     needless: dict[int, None] = {}
     unlike: dict[int, tuple[Any, Any]] = {}
-    for path, leaf in owners(expected, leaves).items():
-        want: Any = expected[path]
+    for path, leaf in (owners(state, leaves) | owners(expected, leaves)).items():
+        want: Any = expected.get(path)
         have: Any = state.get(path)
+        is_cut = any(
+            isinstance(expected.get(path[:depth]), MaskedNode) for depth in range(len(path) + 1)
+        )
         if is_array(want) and not is_array(have):
             lacking[leaf] = None
-        elif is_array(have) and not is_array(want):
+        elif is_array(have) and is_cut:
             needless[leaf] = None
-        elif is_array(want) and want.shape != have.shape:
+        elif is_array(want) and want.shape != np.shape(have):
             unlike.setdefault(leaf, (want, have))
     names = ["/".join(map(escape, leaf)) for leaf in leaves]
     seen = []

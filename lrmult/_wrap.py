@@ -178,6 +178,11 @@ def expected_state(inner: Any, seen: View, params: PyTree) -> PyTree:
 
 
 def read_optimizer(optimizer: Any) -> optax.GradientTransformationExtraArgs:
+    """An optimizer, with support for extra arguments.
+
+    Raises:
+        RuleError: if it is none.
+    """
     if isinstance(optimizer, optax.MultiSteps):
         return optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):

@@ -54,3 +54,17 @@ def test_new_tokens(tmp_path):
     assert "losses without the new words kept every bit" in text
     before, after, _ = map(float, re.search(r"at the new words +(.+)", text)[1].split())
     assert after < before - 1
+
+
+def test_gradual_unfreezing(tmp_path):
+    text = output_of("gradual_unfreezing.py", tmp_path)
+    assert "8 arrays, 12,805 parameters: 4,485 train, 8,320 frozen" in text  # the plan's table
+    assert "2,604, 35,884, 69,164, 102,444; all: 102,444" in text
+    assert "what was frozen in a stage kept every bit; and so did" in " ".join(text.split())
+    rises = {
+        name: [float(x) for x in rise]
+        for name, *rise in re.findall(
+            r"^(\w+) +([-+][\d.]+)% +([-+][\d.]+)% +([-+][\d.]+)%", text, re.MULTILINE
+        )
+    }
+    assert rises["migrate"][-1] < 0 < rises["restart"][-1]

@@ -784,6 +784,34 @@ def test_nnx_state_carried_over():
     assert bits(after["trunk"]) != bits(between["trunk"])
 
 
+def test_nnx_states_hold_frozen_subtrees_as_one_node():
+    """NNX walks every node of a state in Python, at each call of what it has compiled."""
+    optimizer = nnx.Optimizer(Net(), lm.wrap(adamw(), [("trunk", None)]), wrt=nnx.Param)
+    assert optimizer.opt_state.inner_state[0].mu["trunk"] == optax.MaskedNode()
+    frozen = nnx.Optimizer(Net(), lm.wrap(adamw(), [(..., None)]), wrt=nnx.Param)
+    assert optax.tree.get(frozen.opt_state, "mu") == optax.MaskedNode()
+
+
+def test_nnx_states_of_other_rules():
+    lists = [(..., None)], [("trunk", None)], [("head/bias", None), ("part", None)], []
+    model = Net()
+    params = nnx.state(model, nnx.Param)
+    optimizer = nnx.Optimizer(model, lm.wrap(adamw(), []), wrt=nnx.Param)
+    nnx_step(model, optimizer)
+    whole = optimizer.opt_state
+    for old in lists:
+        state = lm.migrate(whole, params, adamw(), [], old)
+        for rules in lists:
+            if rules is old:
+                continue
+            with pytest.raises(lm.RuleError, match="made for other rules"):
+                lm.migrate(state, params, adamw(), rules, [])
+            new = lm.migrate(state, params, adamw(), old, rules)
+            expected = lm.wrap(adamw(), rules).init(params)
+            assert jax.tree.structure(new) == jax.tree.structure(expected)
+            assert optax.tree.get(new, "count") == 1
+
+
 def test_nnx_stop_frozen_of_a_module():
     def loss(model):
         return net_loss(lm.stop_frozen(model, RULES))
