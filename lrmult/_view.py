@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lrmult._errors import RuleError
@@ -57,7 +56,8 @@ class View:
             return leaf
         box = self.boxes[i]
         if not box.all_trains:
-            leaf = select(self.plan.scales[i], self._packed, jnp.zeros_like(leaf), leaf)
+            zero = np.zeros((), getattr(leaf, "dtype", None))  # Python's numbers have no parts
+            leaf = select(self.plan.scales[i], self._packed, zero, leaf)
         return cut(leaf, box)
 
     def put_back(self, narrow: PyTree, tree: PyTree) -> list[Any]:
