@@ -1,6 +1,5 @@
 """What is frozen, outside an optimizer: in a loss, and in a test."""
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrmult._errors import FrozenError, listing
+from lrmult._errors import FrozenError, RuleError, listing
 from lrmult._parts import Parts
-from lrmult._paths import ParamTree, PyTree, shape_and_dtype
+from lrmult._paths import ParamTree, PyTree, is_array, loaded_nnx
 from lrmult._plan import cached_plan, compile_rules, warned
 from lrmult._rules import Rules, RulesLike
 from lrmult._running import RunTime
@@ -62,7 +61,7 @@ def stop_frozen(
         >>> print(grads["trunk"], grads["head"])
         [0. 0.] [0. 2.]
     """
-    nnx: Any = sys.modules.get("flax.nnx")
+    nnx = loaded_nnx()
     module = params if nnx is not None and isinstance(params, nnx.Module) else None
     if module is not None:
         params = nnx.state(module)
@@ -71,7 +70,7 @@ def stop_frozen(
     packed = RunTime(read).packed
     leaves = jax.tree.leaves(params)
     for i, (leaf, scales) in enumerate(zip(leaves, plan.scales, strict=True)):
-        if shape_and_dtype(leaf)[1] is not None and not is_opaque(leaf):
+        if is_array(leaf) and not is_opaque(leaf):
             leaves[i] = select(scales, packed, jax.lax.stop_gradient(leaf), leaf)
     stopped = jax.tree.unflatten(plan.treedef, leaves)
     if module is None:
@@ -95,7 +94,9 @@ def assert_frozen(
     one, is compared bit by bit, on the host. ``-0.0`` and ``0.0`` differ, and a NaN equals itself.
 
     Args:
-        before: the parameters before training.
+        before: the parameters before training; a copy of them, where training overwrites them: NNX
+            changes its modules in place, and states of them with it (take ``nnx.clone(model)``),
+            and a donated array is gone (take ``jax.tree.map(jnp.copy, params)``).
         after: the parameters after it, with the same paths, shapes and dtypes.
         rules: see `Rules`.
         structure: as for `compile_rules`.
@@ -104,6 +105,8 @@ def assert_frozen(
     Raises:
         FrozenError: with the path, the index and both values of the first element that changed; or
             if the two trees do not hold the same arrays. It is an AssertionError too.
+        RuleError: if `before` cannot tell what was: if it shares its NNX variables with `after`, or
+            was donated.
         LrmultError: what `compile_rules` raises.
 
     Example:
@@ -118,6 +121,11 @@ def assert_frozen(
         lrmult.FrozenError: 'trunk' float32[2] is frozen, but changed at [1]: 2.0 became 2.5
     """
     plan = warned(compile_rules(rules, before, structure=structure, strict=strict))
+    if _variables(before) & _variables(after):
+        raise RuleError(
+            "before and after share their NNX variables, so nothing can be seen to change; keep a "
+            "copy before training: nnx.clone(model)"
+        )
     then, now = (_by_path(tree, jax.tree.leaves(tree)) for tree in (before, after))
     if then.keys() != now.keys():
         lost, new = then.keys() - now.keys(), now.keys() - then.keys()
@@ -139,9 +147,18 @@ def _by_path(tree: PyTree, leaves: Sequence[Any]) -> dict[str, Any]:
     return {read.text(node): leaves[index] for index, node in read.arrays()}
 
 
+def _variables(tree: PyTree) -> set[int]:
+    """The NNX variables in a tree, by identity."""
+    nnx = loaded_nnx()
+    if nnx is None:
+        return set()
+    nodes = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    return {id(node) for node in nodes if isinstance(node, nnx.Variable)}
+
+
 def _compare(path: str, before: Any, after: Any, frozen: Any) -> None:
     """Raise if one of the elements that are frozen is not what it was."""
-    then, now = _on_host(before), _on_host(after)
+    then, now = (_on_host(path, each) for each in (before, after))
     name = f"{path!r} {then.dtype}[{','.join(map(str, then.shape))}]"
     if (then.shape, then.dtype) != (now.shape, now.dtype):
         seen = f"{now.dtype}[{','.join(map(str, now.shape))}]"
@@ -161,7 +178,14 @@ def _compare(path: str, before: Any, after: Any, frozen: Any) -> None:
         )
 
 
-def _on_host(array: Any) -> np.ndarray[Any, Any]:
+def _on_host(path: str, array: Any) -> np.ndarray[Any, Any]:
+    if isinstance(array, jax.core.Tracer):
+        raise RuleError("assert_frozen compares bits on the host; call it outside of jax.jit")
+    if isinstance(array, jax.Array) and array.is_deleted():
+        raise RuleError(
+            f"{path!r} was donated, and is gone; keep a copy before training: "
+            "jax.tree.map(jnp.copy, params)"
+        )
     if jnp.issubdtype(jnp.result_type(array), jax.dtypes.prng_key):
         array = jax.random.key_data(array)
     return np.asarray(array)

@@ -10,16 +10,15 @@ import optax
 
 from lrmult._errors import RuleError, show
 from lrmult._parts import Parts
-from lrmult._paths import PyTree, entries
-from lrmult._plan import cached_plan
-from lrmult._regions import Bools, Shape
+from lrmult._paths import PyTree, entries, is_array
+from lrmult._plan import cached_plan, warned
 from lrmult._rules import Rules, RulesLike
 from lrmult._running import RulesState, RunTime
 from lrmult._scaling import cut, put_back
-from lrmult._states import Path, array_paths, check_state, is_array, owners
+from lrmult._states import Path, check_state, owners
 from lrmult._structure import Structure, read_structure
 from lrmult._view import View
-from lrmult._wrap import WrapState, expected_state, read_optimizer, wrap
+from lrmult._wrap import WrapState, read_optimizer
 
 
 def migrate(
@@ -50,7 +49,8 @@ def migrate(
       larger after a thousand. A schedule in the new rules can make up for that
       (``examples/gradual_unfreezing.py``);
     * statistics of rows and columns (adafactor, sm3) are kept as they are if an array goes on
-      training in part, and start afresh if their size changes.
+      training in part, and start afresh if their size changes. What has the shape of the array, or
+      that shape behind other axes, is taken to be for each element.
 
     Args:
         opt_state: the state. One that Orbax restored without a target, as plain containers, will
@@ -68,8 +68,8 @@ def migrate(
         given.
 
     Raises:
-        RuleError: if the state was made for other rules than the old ones, as far as that shows, or
-            by another optimizer; if it keeps arrays whose parts cannot be told to be for one array
+        RuleError: if the state was made for other rules than the old ones, or by another optimizer,
+            as far as that shows; if it keeps arrays whose parts cannot be told to be for one array
             (`optax.flatten`), and whose size changes.
         MaskError: if it was made for other element masks.
         LrmultError: what `compile_rules` raises.
@@ -91,51 +91,62 @@ def migrate(
         head [0.1 0.1]
         trunk [0. 0.]
     """
-    structure = read_structure(structure)
-    new = wrap(optimizer, new_rules, compact=compact, structure=structure, strict=strict)
-    fresh = new.init(params)
+    inner = read_optimizer(optimizer)
     rules = Rules(old_rules), Rules(new_rules)
-    views = [
+    structure = read_structure(structure)
+    old, new = (
         View(cached_plan(each, params, structure, strict), compact, RunTime(each).packed)
         for each in rules
+    )
+    warned(old.plan)
+    warned(new.plan)
+    state = _read_state(opt_state)
+    kept = {path[1:]: entry for path, entry in state.items() if path[:1] == ("inner_state",)}
+    remedy = "pass the rules that it was made with as old_rules, and compact= as it was"
+    check_state(inner, old, params, kept, remedy)
+    fresh = inner.init(new.narrow(params))
+    owner = owners(inner, params)
+    arrays = [i for i, leaf in enumerate(jax.tree.leaves(params)) if is_array(leaf)]
+    leaves = [
+        _carried(kept.get(path), start, arrays[owner[path]], old, new)
+        if path in owner
+        else _going_on(path, kept.get(path), start)
+        for path, start in entries(fresh).items()
+        if is_array(start)
     ]
-    expected = expected_state(read_optimizer(optimizer), views[0], params)
-    if not isinstance(opt_state, WrapState) and not (
-        isinstance(opt_state, Mapping) and opt_state.keys() == set(WrapState._fields)
-    ):
-        opt_state = WrapState(opt_state, optax.EmptyState())
-    found = entries(opt_state)
-    inner = {path[1:]: entry for path, entry in found.items() if path[0] == "inner_state"}
-    remedy = "pass the rules that it was made with as old_rules"
-    check_state(entries(expected), inner, array_paths(params), remedy)
-    carry = _Carry(params, *views)
-    wanted = entries(fresh.inner_state)
-    owner = owners(wanted, array_paths(params))
-    leaves = []
-    for path, start in wanted.items():
-        if not is_array(start):
-            continue
-        if path in owner:
-            leaves.append(carry(owner[path], inner.get(path), start))
-        else:
-            leaves.append(_going_on(path, inner.get(path), start))
-    inner_state = jax.tree.unflatten(jax.tree.structure(fresh.inner_state), leaves)
-    return WrapState(inner_state, _rules_state(found, rules[0], fresh.rules_state))
+    inner_state = jax.tree.unflatten(jax.tree.structure(fresh), leaves)
+    return WrapState(inner_state, _rules_state(state, *map(RunTime, rules)))
 
 
-def _rules_state(found: Mapping[Path, Any], old_rules: Rules, fresh: Any) -> Any:
+def _read_state(state: Any) -> dict[Path, Any]:
+    """The entries of a state of `wrap`.
+
+    Raises:
+        RuleError: if a state of `wrap` is somewhere within it.
+    """
+    is_plain = isinstance(state, Mapping) and state.keys() == set(WrapState._fields)
+    if not isinstance(state, WrapState) and not is_plain:
+        nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, WrapState))
+        if any(isinstance(node, WrapState) for node in nodes):
+            raise RuleError(
+                "the state of lrmult.wrap is only a part of this state; migrate that part, as in "
+                "optax.chain: (lrmult.migrate(state[0], ...), *state[1:])"
+            )
+        state = WrapState(state, optax.EmptyState())
+    return entries(state)
+
+
+def _rules_state(state: Mapping[Path, Any], old: RunTime, new: RunTime) -> Any:
     """What the new rules keep; the step of schedules goes on.
 
     Raises:
         MaskError: if the state was made for other masks than those of the old rules.
     """
-    kept = {path[1:]: entry for path, entry in found.items() if path[0] == "rules_state"}
-    masks = [
-        entry for path, entry in kept.items() if path[:1] == ("rules_masks",) and is_array(entry)
-    ]
-    RunTime(old_rules).check_masks(tuple(masks))
-    step = kept.get(("rules_step",))
-    if step is None or not isinstance(fresh, RulesState):
+    kept = {path[1:]: entry for path, entry in state.items() if path[:1] == ("rules_state",)}
+    masks = [each for path, each in kept.items() if path[:1] == ("rules_masks",) and is_array(each)]
+    old.check_masks(tuple(masks))
+    step, fresh = kept.get(("rules_step",)), new.init()
+    if not is_array(step) or not isinstance(fresh, RulesState):
         return fresh
     return fresh._replace(rules_step=jnp.asarray(step))
 
@@ -156,51 +167,43 @@ def _going_on(path: Path, old: Any, fresh: Any) -> Any:
     return jnp.asarray(old)
 
 
-class _Carry:
-    """Carries what is kept for one array over from what trained to what trains.
+def _carried(old: Any, fresh: Any, leaf: int, then: View, now: View) -> Any:
+    """What is kept for one array, carried over from what trained to what trains.
 
     Args:
-        params: the parameters.
-        old: what trained of them.
-        new: what trains.
+        old: what the old state keeps in a place, if anything.
+        fresh: what a fresh state keeps there.
+        leaf: the number of the array among the leaves.
+        then: what trained.
+        now: what trains.
     """
-
-    def __init__(self, params: PyTree, old: View, new: View) -> None:
-        leaves = jax.tree.leaves(params)
-        self._arrays = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
-        self._shapes = [np.shape(leaf) for leaf in leaves]
-        self._views = old, new
-        self._frozen = [view.plan.treedef.flatten_up_to(view.plan.frozen) for view in self._views]
-
-    def __call__(self, array: int, old: Any, fresh: Any) -> Any:
-        """What the new state keeps for an array in one place.
-
-        Args:
-            array: the number of the array.
-            old: what the old state keeps in that place, if anything.
-            fresh: what a fresh state keeps there.
-        """
-        leaf = self._arrays[array]
-        shape = self._shapes[leaf]
-        then, now = (~_dense(frozen[leaf], shape) for frozen in self._frozen)
-        both = then & now
-        if not is_array(old) or not (both.any() or both.size == 0):
-            return fresh
-        old = jnp.asarray(old)
-        if np.array_equal(then, now):
-            return old
-        lead = old.ndim - len(shape)  # axes of its own, such as those of the history of lbfgs
-        boxes = [view.boxes[leaf] for view in self._views]
-        by_element = lead >= 0 and all(
-            np.shape(kept) == old.shape[:lead] + box.size(shape)
-            for kept, box in zip((old, fresh), boxes, strict=True)
-        )
-        if not by_element:  # statistics of rows and columns
-            return old if old.shape == np.shape(fresh) else fresh
-        source, target = (box.below(lead) for box in boxes)
-        mixed = jnp.where(both, put_back(old, source, old), put_back(fresh, target, fresh))
-        return cut(mixed, target)
+    if not is_array(old):
+        return fresh
+    old = jnp.asarray(old)
+    frozen = [view.plan.treedef.flatten_up_to(view.plan.frozen)[leaf] for view in (then, now)]
+    if _equal(*frozen):
+        return old
+    shape = now.plan.shapes[leaf]
+    lead = old.ndim - len(shape)  # axes of its own, such as those of the history of lbfgs
+    boxes = [view.boxes[leaf] for view in (then, now)]
+    by_element = lead >= 0 and all(
+        np.shape(each) == old.shape[:lead] + box.size(shape)
+        for each, box in zip((old, fresh), boxes, strict=True)
+    )
+    if not by_element:  # statistics of rows and columns
+        still, again = (each.dense() if isinstance(each, Parts) else each for each in frozen)
+        goes_on = old.shape == np.shape(fresh) and not np.all(np.logical_or(still, again))
+        return old if goes_on else fresh
+    source, target = (box.below(lead) for box in boxes)
+    begun = put_back(fresh, target, fresh)
+    mixed = then.select(leaf, begun, put_back(old, source, old))
+    return cut(now.select(leaf, begun, mixed), target)
 
 
-def _dense(frozen: Any, shape: Shape) -> Bools:
-    return frozen.dense() if isinstance(frozen, Parts) else np.broadcast_to(frozen, shape)
+def _equal(frozen: Any, other: Any) -> bool:
+    """Whether the same is frozen of an array; both in their simplest form."""
+    if isinstance(frozen, Parts) and isinstance(other, Parts):
+        return np.array_equal(frozen.dense(), other.dense())
+    if isinstance(frozen, Parts) or isinstance(other, Parts):
+        return False
+    return np.array_equal(frozen, other)

@@ -301,6 +301,16 @@ def shape_and_dtype(leaf: Any) -> tuple[tuple[int, ...], Any]:
         return (), jnp.result_type(leaf) if is_number else None
 
 
+def is_array(leaf: Any) -> bool:
+    """Whether something is an array or a number."""
+    return shape_and_dtype(leaf)[1] is not None
+
+
+def loaded_nnx() -> Any:
+    """`flax.nnx`, if it is imported; None if not."""
+    return sys.modules.get("flax.nnx")
+
+
 def box_types() -> tuple[type, ...]:
     """The classes that hold an array under ``value``, of those libraries that are imported."""
     found = []

@@ -3,22 +3,20 @@
 import dataclasses
 import functools
 import math
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
-from optax import MaskedNode
 
 from lrmult._checks import check
 from lrmult._claims import Matched, Pieces
 from lrmult._matching import match
 from lrmult._multipliers import Multiplier
 from lrmult._parts import Values, frozen_of, values_of
-from lrmult._paths import ParamTree, PyTree, box_types, shape_and_dtype
+from lrmult._paths import ParamTree, PyTree, shape_and_dtype
 from lrmult._rules import Rules, RulesLike, show_rule
-from lrmult._scaling import Box, Scales, box_of, is_frozen, scales_of
+from lrmult._scaling import Scales, is_frozen, scales_of
 from lrmult._structure import Structure, add_structure, read_structure
 
 
@@ -108,18 +106,6 @@ class Plan:
         return tuple(self._per_leaf(scales_of))
 
     @functools.cached_property
-    def boxes(self) -> tuple[Box, ...]:
-        """What of each leaf trains along the axes that it is frozen along, in the same order."""
-        known: dict[Any, Box] = {}
-        found = []
-        for shape, scales in zip(self.shapes, self.scales, strict=True):
-            key = id(scales), shape
-            if key not in known:
-                known[key] = box_of(shape, scales)
-            found.append(known[key])
-        return tuple(found)
-
-    @functools.cached_property
     def _values(self) -> list[Values]:
         return self._per_leaf(values_of)
 
@@ -166,22 +152,6 @@ class Plan:
                 for node, scales in zip(self._tree.places, self.scales, strict=True)
             ]
         )
-
-    @functools.cached_property
-    def narrow_treedef(self) -> Any:
-        """The structure of what trains: `optax.MaskedNode` in place of all else, and of its box."""
-        tree = self.treedef.unflatten([0 if trains else MaskedNode() for trains in self.trains])
-        kinds, nnx = box_types(), sys.modules.get("flax.nnx")
-        # NNX walks all nodes of an optimizer's state in Python, at every call of what it has
-        # compiled; so of one of its states what is frozen is cut out in pieces as large as can be.
-        whole = nnx is not None and isinstance(tree, nnx.State)
-
-        def is_piece(node: Any) -> bool:
-            return isinstance(node, kinds) or (whole and not jax.tree.leaves(node))
-
-        pieces, treedef = jax.tree.flatten(tree, is_leaf=is_piece)
-        kept = [piece if jax.tree.leaves(piece) else MaskedNode() for piece in pieces]
-        return jax.tree.structure(jax.tree.unflatten(treedef, kept))
 
     @functools.cached_property
     def leaves(self) -> tuple[LeafPlan, ...]:

@@ -73,6 +73,11 @@ class RunTime:
             MaskError: if its masks are of other rules; their bits are compared unless traced.
         """
         if not self._stateful:
+            if isinstance(state, RulesState):
+                raise RuleError(
+                    "the state of the rules counts steps or holds masks, but these rules have "
+                    "neither schedules nor element masks: it was made for other rules"
+                )
             return AtStep(self._values(None), {}), state
         if not isinstance(state, RulesState):
             raise RuleError(

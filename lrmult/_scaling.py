@@ -175,6 +175,8 @@ def put_back(array: Any, box: Box, like: Any) -> Any:
     """An array like another in which something lies in a box; what is outside is unspecified."""
     if not box.vectors:
         return array
+    if isinstance(array, jax.core.Tracer) and jnp.issubdtype(array.dtype, jnp.inexact):
+        array = jax.lax.platform_dependent(array, cpu=_computed_apart, default=lambda each: each)
     for axis, vector in box.vectors.items():
         first, last, step = _steps(vector)
         if step:
@@ -268,6 +270,16 @@ def _select(parts: Sequence[_Part], if_frozen: Any, if_trained: Any) -> Any:
         still = part.factor is None
         frozen = still if here is None else jnp.where(here, still, frozen)
     return jnp.where(_sharded_as(if_trained, frozen), if_frozen, if_trained)
+
+
+def _computed_apart(array: Any) -> Any:
+    """The same array, which XLA's CPU backend does not fuse with what it is put back into.
+
+    It would read the parameter, for weight decay, in the loop that adds to it; and as that loop
+    reads places other than the one that it writes, it would copy the parameter first. Barriers do
+    not keep it from that, but loops do. To negate twice changes no bit.
+    """
+    return jax.lax.fori_loop(0, 2, lambda _, each: -each, array)
 
 
 def _steps(vector: Bools) -> tuple[int, int, int]:

@@ -1,99 +1,116 @@
 """The states of optimizers, read by path: what in them is for which parameter."""
 
-import functools
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+import jax
 import numpy as np
-from optax import MaskedNode
+import optax
 
 from lrmult._errors import RuleError, listing, show
-from lrmult._paths import PyTree, entries, shape_and_dtype
-from lrmult._patterns import escape
+from lrmult._paths import PyTree, entries, is_array
+from lrmult._plan import cached_plan
+from lrmult._rules import Rules
+from lrmult._view import View
 
 Path: TypeAlias = tuple[str, ...]
 
 
-def is_array(entry: Any) -> bool:
-    """Whether an entry is one, or a number; holes and empty containers are not."""
-    return shape_and_dtype(entry)[1] is not None
+def expected_state(optimizer: Any, view: View, params: PyTree) -> PyTree:
+    """What a state of an optimizer for a view looks like; None where that cannot be told.
+
+    Shapes are enough, so that nothing is computed, unless ``init`` looks at values.
+    """
+    for make in (jax.eval_shape, lambda function: function()):
+        try:
+            return make(lambda: optimizer.init(view.narrow(params)))
+        except Exception:
+            continue
+    return None
 
 
-def array_paths(params: PyTree) -> list[Path]:
-    """The paths of the arrays of a parameter tree."""
-    return [path for path, entry in entries(params).items() if is_array(entry)]
+def owners(optimizer: Any, params: PyTree) -> dict[Path, int]:
+    """Which array of the parameters what stands at a path of a state is for.
 
-
-def owners(state: Mapping[Path, Any], leaves: Sequence[Path]) -> dict[Path, int]:
-    """Which array of the parameters each array of a state is for; the others are left out.
-
-    A state holds copies of the parameter tree, with something else in place of each array. A node
-    is such a copy if every path of the parameters leads somewhere from there, be it to a hole.
+    What is not for one array, such as a counter, is left out.
 
     Args:
-        state: the entries of the state.
-        leaves: the paths of the parameters.
+        optimizer: the optimizer.
+        params: the parameters.
     """
-    numbers = {leaf: index for index, leaf in enumerate(leaves)}
-    nodes = {path[:depth] for path in state for depth in range(len(path) + 1)}
+    whole = View(cached_plan(Rules(), params, None, True), False, {})
+    state = expected_state(optimizer, whole, params)
+    arrays = [path for path, entry in entries(params).items() if is_array(entry)]
+    numbers = {path: number for number, path in enumerate(arrays)}
+    treedef: Any = jax.tree.structure(whole.narrow(params))
 
-    def leads_on(above: Path, leaf: Path) -> bool:
-        holes = (above + leaf[:depth] for depth in range(1, len(leaf)))
-        return above + leaf in nodes or any(hole in state for hole in holes)
+    def label(copy: PyTree) -> PyTree:
+        """The number of its array in place of each leaf of a copy of the parameters."""
+        found = []
+        for path, entry in entries(copy).items():
+            if is_array(entry):
+                starts = (path[:depth] for depth in range(len(path) + 1))
+                found.append(next((numbers[each] for each in starts if each in numbers), -1))
+        return jax.tree.unflatten(jax.tree.structure(copy), found)
 
-    @functools.cache
-    def is_copy(node: Path) -> bool:
-        return all(leads_on(node, leaf) for leaf in leaves)
+    def is_copy(node: PyTree) -> bool:
+        if bool(treedef != jax.tree.structure(node)):
+            return False
+        # Of one array alone every leaf might be a copy.
+        return arrays != [()] or np.shape(node)[-1:] == np.shape(params)[-1:] != ()
 
-    found = {}
-    for path, entry in state.items():
-        depths = range(len(path) + 1) if is_array(entry) else ()
-        for start, end in itertools.combinations_with_replacement(depths, 2):
-            leaf = path[start:end]
-            if leaf in numbers and is_copy(path[:start]):
-                found[path] = numbers[leaf]
-                break
-    return found
+    try:
+        # optax finds the copies by what `init` makes of a placeholder, if that is possible.
+        labelled = optax.tree.map_params(
+            optimizer, label, state, transform_non_params=lambda _: -1, is_leaf=lambda _: True
+        )
+    except Exception:
+        labelled = jax.tree.map(
+            lambda node: label(node) if is_copy(node) else -1, state, is_leaf=is_copy
+        )
+    found = {path: entry for path, entry in entries(labelled).items() if type(entry) is int}
+    return {path: number for path, number in found.items() if number >= 0}
 
 
 def check_state(
-    expected: Mapping[Path, Any], state: Mapping[Path, Any], leaves: Sequence[Path], remedy: str
+    optimizer: Any, view: View, params: PyTree, state: Mapping[Path, Any], remedy: str
 ) -> None:
-    """See that a state was made for what trains under the rules at hand.
+    """See that a state was made for what trains.
 
     Args:
-        expected: the entries of a state for these rules; shapes are enough.
+        optimizer: the optimizer that it is said to be of.
+        view: what trains.
+        params: the parameters.
         state: the entries of the state.
-        leaves: the paths of the parameters.
         remedy: what the message says to do.
 
     Raises:
         RuleError: if it holds something for other arrays, or for other parts of them.
     """
+    expected = expected_state(optimizer, view, params)
+    if expected is None:
+        return
+    wanted = entries(expected)
     lacking: dict[int, None] = {}
     needless: dict[int, None] = {}
     unlike: dict[int, tuple[Any, Any]] = {}
-    for path, leaf in (owners(state, leaves) | owners(expected, leaves)).items():
-        want: Any = expected.get(path)
+    for path, array in owners(optimizer, params).items():
+        want: Any = wanted.get(path)
         have: Any = state.get(path)
-        is_cut = any(
-            isinstance(expected.get(path[:depth]), MaskedNode) for depth in range(len(path) + 1)
-        )
         if is_array(want) and not is_array(have):
-            lacking[leaf] = None
-        elif is_array(have) and is_cut:
-            needless[leaf] = None
+            lacking[array] = None
+        elif is_array(have) and not is_array(want):
+            needless[array] = None
         elif is_array(want) and want.shape != np.shape(have):
-            unlike.setdefault(leaf, (want, have))
-    names = ["/".join(map(escape, leaf)) for leaf in leaves]
+            unlike.setdefault(array, (want, have))
+    names = [leaf.path for leaf in view.plan.leaves]
     seen = []
     if lacking:
         seen.append(f"it holds nothing for {_named(names, lacking)}, which these rules train")
     if needless:
         seen.append(f"it holds something for {_named(names, needless)}, which these rules freeze")
     if unlike:
-        leaf, (want, have) = next(iter(unlike.items()))
+        want, have = next(iter(unlike.values()))
         seen.append(
             f"it holds {show(have)} for {_named(names, unlike)}, of which these rules train "
             f"{show(want)}"
@@ -105,5 +122,5 @@ def check_state(
         )
 
 
-def _named(names: Sequence[str], leaves: Iterable[int]) -> str:
-    return listing([names[leaf] for leaf in leaves])
+def _named(names: Sequence[str], arrays: Iterable[int]) -> str:
+    return listing([names[array] for array in sorted(arrays)])

@@ -35,7 +35,6 @@ def scale_by_rules(
     * A multiplier of 1 adds no operation, and no dtype changes: for floats of 16 bits and fewer the
       product is taken in float32 and rounded once.
     * Integer, boolean, ``float0`` and key arrays pass through; frozen integers get zero.
-
     * Of an array that is frozen in part, the rest trains as ever. On CPU, where XLA flushes
       subnormal numbers in every addition, its frozen subnormal weights are flushed.
 

@@ -1,17 +1,18 @@
 """A parameter tree as an optimizer sees it that is to see only what trains."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from optax import MaskedNode
 
 from lrmult._errors import RuleError
-from lrmult._paths import PyTree
+from lrmult._paths import PyTree, box_types, loaded_nnx
 from lrmult._plan import Plan
 from lrmult._regions import Mask
-from lrmult._scaling import Box, cut, is_opaque, put_back, select
+from lrmult._scaling import Box, box_of, cut, is_opaque, put_back, select
 
 _UNCUT = Box({}, all_trains=False)
 
@@ -25,6 +26,7 @@ class View:
     Attributes:
         plan: what trains.
         boxes: per leaf, what is left of it.
+        treedef: the structure of what is left.
 
     Args:
         plan: what trains.
@@ -34,22 +36,25 @@ class View:
 
     def __init__(self, plan: Plan, compact: bool, packed: Mapping[Mask, Any]) -> None:
         self.plan = plan
-        self.boxes = plan.boxes if compact else (_UNCUT,) * len(plan.trains)
+        self.boxes = _boxes(plan) if compact else (_UNCUT,) * len(plan.trains)
+        self.treedef: Any = _narrow_treedef(plan)
         self._packed = packed
 
     def narrow(self, tree: PyTree) -> PyTree:
         """What of a tree like the parameters is for what trains.
 
-        Its arrays may have more axes in front, as gradients for each example have.
+        Its arrays may have more axes in front, as gradients for each example have. Those that are
+        not like the parameter are left as they are.
         """
         found = []
         for i, leaf in enumerate(self._leaves(tree)):
-            if self.plan.trains[i]:
-                narrow = functools.partial(self._narrow, i)
-                for _ in range(np.ndim(leaf) - len(self.plan.shapes[i])):
-                    narrow = jax.vmap(narrow)
-                found.append(narrow(leaf))
-        return self.plan.narrow_treedef.unflatten(found)
+            if not self.plan.trains[i]:
+                continue
+            shape, lead = self.plan.shapes[i], self._lead(i, leaf)
+            if lead >= 0 and np.shape(leaf)[lead:] == shape:
+                leaf = _over(lead, functools.partial(self._narrow, i))(leaf)
+            found.append(leaf)
+        return self.treedef.unflatten(found)
 
     def _narrow(self, i: int, leaf: Any) -> Any:
         if is_opaque(leaf):
@@ -57,7 +62,7 @@ class View:
         box = self.boxes[i]
         if not box.all_trains:
             zero = np.zeros((), getattr(leaf, "dtype", None))  # Python's numbers have no parts
-            leaf = select(self.plan.scales[i], self._packed, zero, leaf)
+            leaf = self.select(i, zero, leaf)
         return cut(leaf, box)
 
     def put_back(self, narrow: PyTree, tree: PyTree) -> list[Any]:
@@ -70,14 +75,14 @@ class View:
         """
         found = self._leaves(tree)
         try:
-            inside = iter(self.plan.narrow_treedef.flatten_up_to(narrow))
+            inside = iter(self.treedef.flatten_up_to(narrow))
         except (TypeError, ValueError):
             raise RuleError(
                 "the updates of the optimizer are not structured like its gradients, as those of "
                 "optax.lookahead; put lrmult.wrap inside it"
             ) from None
         for i, trains in enumerate(self.plan.trains):
-            for _ in range(np.ndim(found[i]) - len(self.plan.shapes[i])):
+            for _ in range(self._lead(i, found[i])):
                 found[i] = found[i][0]
             if trains:
                 leaf = next(inside)
@@ -86,21 +91,74 @@ class View:
 
     def widen(self, narrow: PyTree, tree: PyTree) -> PyTree:
         """A narrow tree, with what is frozen taken from a full one."""
-        found = [
-            select(scales, self._packed, frozen, trained) if trains else frozen
-            for scales, trains, frozen, trained in zip(
-                self.plan.scales,
-                self.plan.trains,
-                self._leaves(tree),
-                self.put_back(narrow, tree),
-                strict=True,
-            )
-        ]
-        return self.plan.treedef.unflatten(found)
+        leaves, inside = self._leaves(tree), self.put_back(narrow, tree)
+        for i, trains in enumerate(self.plan.trains):
+            if trains:
+                leaves[i] = self.select(i, leaves[i], inside[i])
+        return self.plan.treedef.unflatten(leaves)
+
+    def select(self, i: int, if_frozen: Any, if_trained: Any) -> Any:
+        """The array of a leaf that is one where it is frozen, and another where it trains.
+
+        They may have more axes in front.
+        """
+        pick = functools.partial(select, self.plan.scales[i], self._packed)
+        return _over(self._lead(i, if_trained) if np.ndim(if_frozen) else 0, pick)(
+            if_frozen, if_trained
+        )
+
+    def is_full(self, tree: PyTree) -> bool:
+        """Whether a tree is structured like the parameters; one array alone must have its shape."""
+        treedef: Any = jax.tree.structure(tree)
+        if treedef != self.plan.treedef:
+            return False
+        shape = self.plan.shapes[0] if jax.tree_util.all_leaves([tree]) else ()
+        return not jax.tree_util.all_leaves([tree]) or np.shape(tree) == shape != ()
 
     def is_narrow(self, tree: PyTree) -> bool:
         """Whether a tree is structured like a narrow one."""
-        return bool(jax.tree.structure(tree) == self.plan.narrow_treedef)
+        return bool(jax.tree.structure(tree) == self.treedef)
 
     def _leaves(self, tree: PyTree) -> list[Any]:
         return list(self.plan.treedef.flatten_up_to(tree))
+
+    def _lead(self, i: int, leaf: Any) -> int:
+        """How many axes it has in front of those of the parameter."""
+        return np.ndim(leaf) - len(self.plan.shapes[i])
+
+
+def _over(axes: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of arrays that have so many more axes in front."""
+    for _ in range(axes):
+        function = jax.vmap(function)
+    return function
+
+
+@functools.lru_cache(maxsize=128)
+def _boxes(plan: Plan) -> tuple[Box, ...]:
+    """The box of what trains of each leaf."""
+    known: dict[Any, Box] = {}  # many leaves share their scales
+    found = []
+    for shape, scales in zip(plan.shapes, plan.scales, strict=True):
+        key = id(scales), shape
+        if key not in known:
+            known[key] = box_of(shape, scales)
+        found.append(known[key])
+    return tuple(found)
+
+
+@functools.lru_cache(maxsize=128)
+def _narrow_treedef(plan: Plan) -> Any:
+    """The structure of what trains: `optax.MaskedNode` in place of all else, and of its box."""
+    tree = plan.treedef.unflatten([0 if trains else MaskedNode() for trains in plan.trains])
+    kinds, nnx = box_types(), loaded_nnx()
+    # NNX walks all nodes of an optimizer's state in Python, at every call of what it has compiled;
+    # so of one of its states what is frozen is cut out in pieces as large as can be.
+    whole = nnx is not None and isinstance(tree, nnx.State)
+
+    def is_piece(node: Any) -> bool:
+        return isinstance(node, kinds) or (whole and not jax.tree.leaves(node))
+
+    pieces, treedef = jax.tree.flatten(tree, is_leaf=is_piece)
+    kept = [piece if jax.tree.leaves(piece) else MaskedNode() for piece in pieces]
+    return jax.tree.structure(jax.tree.unflatten(treedef, kept))

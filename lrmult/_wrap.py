@@ -15,7 +15,7 @@ from lrmult._regions import Mask
 from lrmult._rules import Rules, RulesLike
 from lrmult._running import RulesState, RunTime
 from lrmult._scaling import scale
-from lrmult._states import array_paths, check_state
+from lrmult._states import check_state
 from lrmult._structure import Structure, read_structure
 from lrmult._view import View
 
@@ -104,7 +104,7 @@ def wrap(
     inner = read_optimizer(optimizer)
     read, structure = Rules(rules), read_structure(structure)
     running = RunTime(read)
-    checked: Any = None
+    checked: list[Any] = []
 
     def view(tree: PyTree, packed: Mapping[Mask, Any]) -> View:
         return View(cached_plan(read, tree, structure, strict), compact, packed)
@@ -119,13 +119,11 @@ def wrap(
 
     def check(state: Any, seen: View, params: PyTree) -> None:
         """See that a state was made for what trains: once for each kind of state."""
-        nonlocal checked
         leaves, treedef = jax.tree.flatten(state)
         kind = seen.plan, treedef, [np.shape(leaf) for leaf in leaves]
-        if kind != checked:
-            expected = entries(expected_state(inner, seen, params))
-            check_state(expected, entries(state), array_paths(params), _REMEDY)
-            checked = kind
+        if kind not in checked:
+            check_state(inner, seen, params, entries(state), _REMEDY)
+            checked[:] = [kind, *checked[:7]]
 
     def update(
         updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
@@ -147,10 +145,7 @@ def wrap(
             of_updates.narrow(updates),
             state.inner_state,
             None if params is None else seen.narrow(params),
-            **{
-                name: _translated(value, extra_args, of_updates, updates, seen, params)
-                for name, value in extra_args.items()
-            },
+            **_translated(extra_args, of_updates, seen, params),
         )
         scaled = [
             scale(leaf, scales, *at)
@@ -167,14 +162,6 @@ _REMEDY = (
     "use the rules that it was made with, or carry it over with "
     "lrmult.migrate(state, params, optimizer, old_rules, new_rules)"
 )
-
-
-def expected_state(inner: Any, seen: View, params: PyTree) -> PyTree:
-    """What a state of an optimizer looks like, in shapes; nothing where that cannot be told."""
-    try:
-        return jax.eval_shape(lambda: inner.init(seen.narrow(params)))
-    except Exception:  # an optimizer may look at values, which are not there
-        return None
 
 
 def read_optimizer(optimizer: Any) -> optax.GradientTransformationExtraArgs:
@@ -194,39 +181,37 @@ def read_optimizer(optimizer: Any) -> optax.GradientTransformationExtraArgs:
 
 
 def _translated(
-    value: Any,
-    extra_args: Mapping[str, Any],
-    of_updates: View,
-    updates: PyTree,
-    of_params: View,
-    params: PyTree,
-) -> Any:
-    """An extra argument as the optimizer is to see it.
+    extra_args: Mapping[str, Any], of_updates: View, of_params: View, params: PyTree
+) -> dict[str, Any]:
+    """Extra arguments as the optimizer is to see them.
 
-    What is like the updates is narrowed. A function of the parameters gets them in full, its other
-    arguments as they were, and what it returns is narrowed if it is like the parameters.
+    What is like the updates is narrowed. A function of the parameters gets them in full, and so it
+    does the other arguments; what it returns is narrowed if it is like the updates.
     """
-    if _is_like(value, updates):
-        return of_updates.narrow(value)
-    # A module may be callable too, but it is a tree of arrays.
-    if not callable(value) or not jax.tree_util.all_leaves([value]) or params is None:
-        return value
+    narrowed = {
+        name: of_updates.narrow(value)
+        for name, value in extra_args.items()
+        if of_updates.is_full(value)
+    }
 
-    @functools.wraps(value)  # optax reads its signature
-    def of_narrow(first: PyTree, *args: Any, **kwargs: Any) -> Any:
-        if of_params.is_narrow(first):
-            first = of_params.widen(first, params)
-        kwargs = {name: extra_args.get(name, kwargs[name]) for name in kwargs}
-        result = value(first, *args, **kwargs)
-        return of_updates.narrow(result) if _is_like(result, params) else result
+    def translated(name: str, function: Any) -> Any:
+        if name in narrowed:
+            return narrowed[name]
+        # A tree of arrays may be callable too: a module that is handed on.
+        is_function = name.endswith("_fn") or jax.tree_util.all_leaves([function])
+        if params is None or not callable(function) or not is_function:
+            return function
 
-    return of_narrow
+        @functools.wraps(function)  # optax reads its signature
+        def of_narrow(first: PyTree, *args: Any, **kwargs: Any) -> Any:
+            if of_params.is_narrow(first):
+                first = of_params.widen(first, params)
+            for name in narrowed.keys() & kwargs.keys():
+                if of_updates.is_narrow(kwargs[name]):
+                    kwargs[name] = of_updates.widen(kwargs[name], extra_args[name])
+            result = function(first, *args, **kwargs)
+            return of_updates.narrow(result) if of_updates.is_full(result) else result
 
+        return of_narrow
 
-def _is_like(tree: PyTree, other: PyTree) -> bool:
-    """Whether two trees have one structure, and arrays of the same shapes."""
-    structure: Any = jax.tree.structure(tree)
-    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=False)
-    return structure == jax.tree.structure(other) and all(
-        np.shape(leaf) == np.shape(each) for leaf, each in pairs
-    )
+    return {name: translated(name, value) for name, value in extra_args.items()}

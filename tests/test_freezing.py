@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given
 
 import lrmult as lm
@@ -163,6 +164,24 @@ def test_other_classes_of_the_same_paths():
     before = {"layers": [jnp.ones(2), jnp.zeros(2)]}
     after = {"layers": {0: np.ones(2, np.float32), 1: np.zeros(2, np.float32)}}
     lm.assert_frozen(before, after, [(..., None)])
+
+
+def test_what_cannot_tell_what_was():
+    rules = [("kernel", None)]
+    module = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    before, copy = nnx.state(module), nnx.clone(module)
+    module.kernel[...] += 1
+    for after in (module, nnx.state(module)):
+        with pytest.raises(lm.RuleError, match=r"share their NNX variables.*nnx\.clone"):
+            lm.assert_frozen(before, after, rules)
+        with pytest.raises(lm.FrozenError, match="'kernel'"):
+            lm.assert_frozen(copy, after, rules)
+    params = {"w": jnp.ones(2)}
+    after = jax.jit(lambda p: jax.tree.map(lambda x: x + 1, p), donate_argnums=0)(params)
+    with pytest.raises(lm.RuleError, match=r"'w' was donated, and is gone; keep a copy"):
+        lm.assert_frozen(params, after, [(..., None)])
+    with pytest.raises(lm.RuleError, match=r"call it outside of jax\.jit"):
+        jax.jit(lambda p: lm.assert_frozen(p, p, [(..., None)]))(after)
 
 
 def test_stacked_layers():

@@ -7,6 +7,8 @@ import optax
 import pytest
 
 import lrmult as lm
+from lrmult._paths import entries
+from tests.test_constants import LARGEST_CONSTANT, constants, spec
 from tests.test_wrap import bytes_of, gradients, is_cut, run, tree_of
 
 PARAMS = {"trunk": tree_of((6, 5), (5,)), "head": tree_of((5, 4), (4,), (4, 4))}
@@ -205,6 +207,87 @@ def test_from_the_optimizer_itself():
             assert a.tobytes() == b.tobytes()
 
 
+TREES = {
+    "list": [jnp.ones(2), jnp.ones(2), jnp.ones(2)],
+    "tuple": (jnp.ones(2), jnp.ones(2), jnp.ones(2)),
+    "fields": {"count": jnp.ones(2), "mu": jnp.ones(2), "nu": jnp.ones(2)},
+    "nested": [(jnp.ones(2), jnp.ones(2)), jnp.ones(2)],
+}
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "MultiSteps", "lbfgs"])
+@pytest.mark.parametrize("tree", TREES)
+def test_parameters_named_like_parts_of_a_state(tree, name):
+    """Neither the places in a chain nor the fields of a state are taken for parameters."""
+    params = TREES[tree]
+    optimizer = optax.lbfgs(linesearch=None) if name == "lbfgs" else OPTIMIZERS[name]
+    first, second, third = lm.paths(params)
+    for old, new in (
+        ([(first, None)], []),
+        ([(lm.rows(first, 0), None)], []),
+        ([], [(lm.rows(third, 1), None), (second, None)]),
+    ):
+        tx = lm.wrap(optimizer, old)
+        _, state = run(tx, params, BEFORE, jit=False)
+        found = lm.migrate(state, params, optimizer, old, new)
+        fresh = lm.wrap(optimizer, new).init(params)
+        for field in ("count", "trace", "mu", "nu", "acc_grads", "diff_params_memory"):
+            for was, now, start in zip(
+                *(values_of_field(each, field) for each in (state, found, fresh)), strict=True
+            ):
+                if np.ndim(was) == 0 and not is_cut(was):  # a counter
+                    assert now == was
+                    continue
+                was, now, start = (entries(each) for each in (was, now, start))
+                for path in map(tuple, (each.split("/") for each in (first, second, third))):
+                    if is_cut(now[path]):
+                        continue
+                    text = "/".join(path)
+                    old_rows, new_rows = (rows_of(rules, params)[text] for rules in (old, new))
+                    both = old_rows & new_rows
+                    expected = np.array(start[path])
+                    if both.any():
+                        expected[..., both] = np.asarray(was[path])[..., both]
+                    np.testing.assert_array_equal(now[path], expected)
+        with pytest.raises(lm.RuleError) as caught:
+            lm.migrate(state, params, optimizer, [(second, None)], new)
+        assert repr(second) in str(caught.value)
+        assert repr(third) not in str(caught.value)
+
+
+def values_of_field(state, field):
+    return [
+        value
+        for path, value in optax.tree.get_all_with_path(state, field)
+        if getattr(path[-1], "tuple_name", "")
+    ]
+
+
+def rows_of(rules, params):
+    """Which of the two elements of each array train."""
+    return {
+        leaf.path: np.broadcast_to(np.asarray(leaf.multiplier) != 0, (2,))
+        for leaf in lm.compile_rules(rules, params).leaves
+    }
+
+
+def test_warnings_are_of_the_caller():
+    adam = optax.adam(0.1)
+    state = lm.wrap(adam, []).init(PARAMS)
+    with pytest.warns(UserWarning, match="no path matches 'tail'") as caught:
+        lm.migrate(state, PARAMS, adam, [("tail", 2)], [("tail", None)], strict=False)
+    assert [each.filename for each in caught] == [__file__] * 2
+
+
+def test_no_large_constant_in_a_jit():
+    params = {"w": spec(4096, 1024)}
+    old = [(lm.rows("w", [1, 5]), None), (lm.along("w", 1, [0, 7]), None)]
+    adam = optax.adam(0.1)
+    state = jax.eval_shape(lm.wrap(adam, old).init, params)
+    lowered = jax.jit(lambda *args: lm.migrate(*args, adam, old, [])).lower(state, params)
+    assert max(constants(lowered)) <= LARGEST_CONSTANT
+
+
 def test_in_a_jit():
     adam, (old, new, _) = optax.adam(0.1), PARTS["axes"]
     params, state = run(lm.wrap(adam, old), PARAMS, BEFORE)
@@ -266,6 +349,10 @@ def mistakes():
         "not wrapped": (
             (adam.init(PARAMS), adam, trunk, []),
             "it holds something for 'trunk/w0' and 'trunk/w1', which these rules freeze",
+        ),
+        "within another": (
+            ((state_of(adam, trunk), optax.EmptyState()), adam, trunk, []),
+            "the state of lrmult.wrap is only a part of this state; migrate that part",
         ),
         "flat": (
             (state_of(flat, trunk), flat, trunk, []),

@@ -1,5 +1,6 @@
 """What an optimizer sees under `wrap`, what comes out, and what is saved."""
 
+import dataclasses
 import functools
 
 import jax
@@ -118,7 +119,7 @@ PARTS = [
 OPTIMIZERS = {
     "sgd": optax.sgd(0.1, momentum=0.9),
     "adam": optax.adam(0.1),
-    "adafactor": optax.adafactor(0.1),
+    "adafactor": optax.adafactor(0.1, min_dim_size_to_factor=2),
     "muon": optax.contrib.muon(0.1),
     "lars": optax.lars(0.1),
     "lamb": optax.lamb(0.1, weight_decay=0.1),
@@ -130,10 +131,7 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_nothing_frozen_reaches_what_trains(name, compact):
-    rules = PARTS if name != "adafactor" else [*PARTS[:2], ("w3", 0.5)]
-    optimizer = OPTIMIZERS[name]
-    if name == "adafactor":
-        optimizer = optax.adafactor(0.1, min_dim_size_to_factor=2)
+    rules, optimizer = PARTS, OPTIMIZERS[name]
     frozen = lm.compile_rules(rules, PARAMS).frozen
     frozen = jax.tree.map(lambda f: f.dense() if isinstance(f, lm.Parts) else f, frozen)
     tx = lm.wrap(optimizer, rules, compact=compact)
@@ -192,12 +190,14 @@ def layer(x, w):
     return jnp.tanh(x @ w["kernel"] + w["bias"])
 
 
-STACK = {f"layer_{i}": {"kernel": jnp.eye(64) + 0.01 * i, "bias": jnp.zeros(64)} for i in range(10)}
-INPUTS = jnp.ones((32, 64))
+STACK = {
+    f"layer_{i}": {"kernel": jnp.eye(64) + 0.01 * i, "bias": jnp.zeros(64)} for i in range(10)
+} | {"head": {"kernel": jnp.ones((64, 16)), "bias": jnp.zeros(16)}}
+INPUTS = jnp.ones((256, 64))
 CASES = {
     "prefix": [("layer_[:9]", None)],
     "biases": [("**/bias", 1), (..., None)],
-    "last": [("layer_[9]", 1), (..., None)],
+    "last": [("head", 1), (..., None)],
 }
 
 
@@ -205,7 +205,7 @@ def loss(params):
     x = INPUTS
     for i in range(10):
         x = layer(x, params[f"layer_{i}"])
-    return (x**2).mean()
+    return (layer(x, params["head"]) ** 2).mean()
 
 
 def split(rules):
@@ -263,7 +263,7 @@ def test_work_memory_and_state_are_those_of_what_trains(name, scan):
     hand = compiled(scanned(by_hand), trained, states[0], frozen)
     ours = compiled(scanned(wrapped), STACK, states[1])
     assert ours[0] == pytest.approx(hand[0], rel=0.01)
-    assert ours[1] <= 1.05 * hand[1] + 4096
+    assert ours[1] <= 1.05 * hand[1]
     zeros = optax.chain(optimizer, lm.scale_by_rules(rules))
 
     def full(params, state):
@@ -294,7 +294,7 @@ def test_new_rows_of_an_embedding(rows):
         "strided": slice(0, 50_000, 800),
     }[rows]
     params = {"embed": spec(50_000, 512)}
-    tx = lm.wrap(optax.adam(0.1), [(lm.rows("embed", chosen), 1), (..., None)], compact=True)
+    tx = lm.wrap(optax.adamw(0.1), [(lm.rows("embed", chosen), 1), (..., None)], compact=True)
     state = jax.eval_shape(tx.init, params)
     full = jax.eval_shape(optax.adam(0.1).init, params)
     assert bytes_of(state) <= 0.005 * bytes_of(full)
@@ -303,7 +303,10 @@ def test_new_rows_of_an_embedding(rows):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    assert max(constants(jax.jit(step).lower(params, state, params))) <= LARGEST_CONSTANT
+    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params)
+    assert max(constants(lowered)) <= LARGEST_CONSTANT
+    # The array is overwritten where it stands, also under weight decay, which reads some rows.
+    assert lowered.compile().memory_analysis().temp_size_in_bytes < 0.1 * bytes_of(params)
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -386,7 +389,8 @@ def test_what_is_like_the_updates_is_narrowed_and_the_rest_is_handed_on():
 
     def value_fn(params, scale):
         assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, PARAMS)
-        assert scale is PARAMS  # as it was given, though the optimizer saw it narrowed
+        for name in PARAMS:  # as it was given, though the optimizer saw it narrowed
+            assert scale[name].tobytes() == PARAMS[name].tobytes()
         return params["w2"]
 
     tx.update(
@@ -449,6 +453,60 @@ def test_gradients_that_a_function_returns_are_narrowed():
         updates["w2"] = updates["w2"][1:]
         for name, update in expected.items():
             np.testing.assert_allclose(updates[name], update, rtol=1e-6)
+
+
+@dataclasses.dataclass
+class Task:
+    """A function with data, as a pytree."""
+
+    scale: jax.Array
+
+    def __call__(self, params, **kwargs):
+        return self.scale * sum(jnp.sum(p**2) for p in params.values()) + 0 * kwargs.get("key", 0)
+
+
+jax.tree_util.register_dataclass(Task, ["scale"], [])
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_functions_of_every_kind_get_full_parameters(compact):
+    def update(updates, state, params=None, *, value_fn, key, task):
+        assert isinstance(task, Task)  # callable, but data
+        return updates, (value_fn(params, key=key + 7), jax.grad(value_fn)(params, key=key))
+
+    def loss(params, key):
+        assert key in (5, 12)
+        return Task(jnp.float32(2))(params, key=key)
+
+    inner = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    tx = lm.wrap(inner, [("w0", None), (lm.rows("w2", 0), None)], compact=compact)
+    for function in (loss, Task(jnp.float32(2)), jax.tree_util.Partial(loss)):
+        _, state = tx.update(
+            PARAMS, tx.init(PARAMS), PARAMS, value_fn=function, key=5, task=Task(jnp.float32(1))
+        )
+        value, grads = state.inner_state
+        np.testing.assert_allclose(value, 2 * sum(jnp.sum(p**2) for p in PARAMS.values()))
+        assert is_cut(grads["w0"])
+        assert grads["w2"].shape == (4 if compact else 5, 4)
+        np.testing.assert_allclose(grads["w1"], 4 * PARAMS["w1"])
+
+
+def test_several_trees_of_one_transformation_are_checked_once_each():
+    calls = []
+
+    def init(params):
+        calls.append(params)
+        return jax.tree.map(jnp.zeros_like, params)
+
+    inner = optax.GradientTransformation(init, lambda updates, state, params=None: (updates, state))
+    tx = lm.wrap(inner, [("a", None)])
+    trees = [{"a": jnp.ones(2), "b": jnp.ones(n)} for n in (2, 3)]
+    states = [tx.init(tree) for tree in trees]
+    for _ in range(3):
+        for tree, state in zip(trees, states, strict=True):
+            tx.update(tree, state, tree)
+        calls.append(None)
+    assert calls[-2:] == [None, None]
 
 
 def test_updates_of_another_structure_are_refused():
