@@ -581,8 +581,7 @@ def compact(report: Report, options: Any) -> None:
         for what, gradient in (("given", given), ("lookup", lookup)):
             part = f"compact, {where}, {what}"
             forms = {
-                form: run(gradient, optax.adam(1e-3), form == "compact")
-                for form in ("wrap", "compact")
+                form: run(gradient, adamw(), form == "compact") for form in ("wrap", "compact")
             }
             trained = [np.asarray(some.carried[0]["embed"])[chosen] for some in forms.values()]
             row = report.compare(part, forms, "wrap", options.pairs)["compact"]
