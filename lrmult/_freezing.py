@@ -10,7 +10,7 @@ import numpy as np
 from lrmult._errors import FrozenError, RuleError, listing
 from lrmult._parts import Parts
 from lrmult._paths import ParamTree, PyTree, is_array, loaded_nnx
-from lrmult._plan import cached_plan, compile_rules, warned
+from lrmult._plan import cached_plan, warned
 from lrmult._rules import Rules, RulesLike
 from lrmult._running import RunTime
 from lrmult._scaling import is_opaque, select
@@ -43,7 +43,8 @@ def stop_frozen(
         strict: as for `compile_rules`.
 
     Returns:
-        The parameters. An NNX module is changed in place, as by `flax.nnx.update`, and returned.
+        The parameters. An NNX module is changed in place, as by `flax.nnx.update`, and returned; so
+        it must be an argument of what is differentiated or compiled, as NNX wants it.
 
     Raises:
         LrmultError: what `compile_rules` raises.
@@ -120,7 +121,7 @@ def assert_frozen(
             ...
         lrmult.FrozenError: 'trunk' float32[2] is frozen, but changed at [1]: 2.0 became 2.5
     """
-    plan = warned(compile_rules(rules, before, structure=structure, strict=strict))
+    plan = warned(cached_plan(Rules(rules), before, read_structure(structure), strict))
     if _variables(before) & _variables(after):
         raise RuleError(
             "before and after share their NNX variables, so nothing can be seen to change; keep a "

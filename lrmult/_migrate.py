@@ -17,7 +17,7 @@ from lrmult._running import RulesState, RunTime
 from lrmult._scaling import cut, put_back
 from lrmult._states import Path, check_state, owners
 from lrmult._structure import Structure, read_structure
-from lrmult._view import View
+from lrmult._view import View, over
 from lrmult._wrap import WrapState, read_optimizer
 
 
@@ -104,11 +104,12 @@ def migrate(
     kept = {path[1:]: entry for path, entry in state.items() if path[:1] == ("inner_state",)}
     remedy = "pass the rules that it was made with as old_rules, and compact= as it was"
     check_state(inner, old, params, kept, remedy)
-    fresh = inner.init(new.narrow(params))
     owner = owners(inner, params)
+    fresh = inner.init(new.narrow(params))
+    carry = _Carry(old, new)
     arrays = [i for i, leaf in enumerate(jax.tree.leaves(params)) if is_array(leaf)]
     leaves = [
-        _carried(kept.get(path), start, arrays[owner[path]], old, new)
+        carry(arrays[owner[path]], kept.get(path), start)
         if path in owner
         else _going_on(path, kept.get(path), start)
         for path, start in entries(fresh).items()
@@ -167,37 +168,52 @@ def _going_on(path: Path, old: Any, fresh: Any) -> Any:
     return jnp.asarray(old)
 
 
-def _carried(old: Any, fresh: Any, leaf: int, then: View, now: View) -> Any:
-    """What is kept for one array, carried over from what trained to what trains.
+class _Carry:
+    """Carries what is kept for one array over from what trained to what trains.
 
     Args:
-        old: what the old state keeps in a place, if anything.
-        fresh: what a fresh state keeps there.
-        leaf: the number of the array among the leaves.
         then: what trained.
         now: what trains.
     """
-    if not is_array(old):
-        return fresh
-    old = jnp.asarray(old)
-    frozen = [view.plan.treedef.flatten_up_to(view.plan.frozen)[leaf] for view in (then, now)]
-    if _equal(*frozen):
-        return old
-    shape = now.plan.shapes[leaf]
-    lead = old.ndim - len(shape)  # axes of its own, such as those of the history of lbfgs
-    boxes = [view.boxes[leaf] for view in (then, now)]
-    by_element = lead >= 0 and all(
-        np.shape(each) == old.shape[:lead] + box.size(shape)
-        for each, box in zip((old, fresh), boxes, strict=True)
-    )
-    if not by_element:  # statistics of rows and columns
-        still, again = (each.dense() if isinstance(each, Parts) else each for each in frozen)
-        goes_on = old.shape == np.shape(fresh) and not np.all(np.logical_or(still, again))
-        return old if goes_on else fresh
-    source, target = (box.below(lead) for box in boxes)
-    begun = put_back(fresh, target, fresh)
-    mixed = then.select(leaf, begun, put_back(old, source, old))
-    return cut(now.select(leaf, begun, mixed), target)
+
+    def __init__(self, then: View, now: View) -> None:
+        self._then, self._now = then, now
+        frozen = [view.plan.treedef.flatten_up_to(view.plan.frozen) for view in (then, now)]
+        self._frozen = list(zip(*frozen, strict=True))
+
+    def __call__(self, leaf: int, old: Any, fresh: Any) -> Any:
+        """What the new state keeps in a place.
+
+        Args:
+            leaf: the number of the array among the leaves.
+            old: what the old state keeps there, if anything.
+            fresh: what a fresh state keeps there.
+        """
+        if not is_array(old):
+            return fresh
+        old = jnp.asarray(old)
+        frozen = self._frozen[leaf]
+        if _equal(*frozen):
+            return old
+        shape = self._now.plan.shapes[leaf]
+        source, target = self._then.boxes[leaf], self._now.boxes[leaf]
+        lead = old.ndim - len(shape)  # axes of its own, such as those of the history of lbfgs
+        by_element = (
+            lead >= 0
+            and old.shape == old.shape[:lead] + source.size(shape)
+            and np.shape(fresh) == old.shape[:lead] + target.size(shape)
+        )
+        if not by_element:  # statistics of rows and columns
+            still, again = (each.dense() if isinstance(each, Parts) else each for each in frozen)
+            goes_on = old.shape == np.shape(fresh) and not np.all(np.logical_or(still, again))
+            return old if goes_on else fresh
+
+        def carry(old: Any, fresh: Any) -> Any:
+            begun = put_back(fresh, target, fresh)
+            mixed = self._then.select(leaf, begun, put_back(old, source, old))
+            return cut(self._now.select(leaf, begun, mixed), target)
+
+        return over(lead, carry)(old, fresh)
 
 
 def _equal(frozen: Any, other: Any) -> bool:

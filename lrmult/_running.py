@@ -47,7 +47,7 @@ class RunTime:
 
     def __init__(self, rules: Rules) -> None:
         self._rules = rules
-        self._masks = masks_of(rules)
+        self._masks = _masks_of(rules)
         self._stateful = bool(self._masks) or any(is_schedule(rule.multiplier) for rule in rules)
         # Arrays that were found to be right; jax's cannot be hashed, hence by their ids.
         self._right: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
@@ -134,7 +134,7 @@ class RunTime:
         return found
 
 
-def masks_of(rules: Rules) -> list[Mask]:
+def _masks_of(rules: Rules) -> list[Mask]:
     """The element masks of rules, each once."""
     found: dict[Mask, None] = {}
     for rule in rules:

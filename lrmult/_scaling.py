@@ -49,10 +49,6 @@ class Box(NamedTuple):
         vectors = self.vectors
         return tuple(int(vectors[a].sum()) if a in vectors else n for a, n in enumerate(shape))
 
-    def below(self, axes: int) -> "Box":
-        """The same box in an array that has so many more axes in front."""
-        return self._replace(vectors={axis + axes: v for axis, v in self.vectors.items()})
-
 
 class Value(NamedTuple):
     """A schedule or an array at run time.

@@ -52,7 +52,7 @@ class View:
                 continue
             shape, lead = self.plan.shapes[i], self._lead(i, leaf)
             if lead >= 0 and np.shape(leaf)[lead:] == shape:
-                leaf = _over(lead, functools.partial(self._narrow, i))(leaf)
+                leaf = over(lead, functools.partial(self._narrow, i))(leaf)
             found.append(leaf)
         return self.treedef.unflatten(found)
 
@@ -98,22 +98,15 @@ class View:
         return self.plan.treedef.unflatten(leaves)
 
     def select(self, i: int, if_frozen: Any, if_trained: Any) -> Any:
-        """The array of a leaf that is one where it is frozen, and another where it trains.
-
-        They may have more axes in front.
-        """
-        pick = functools.partial(select, self.plan.scales[i], self._packed)
-        return _over(self._lead(i, if_trained) if np.ndim(if_frozen) else 0, pick)(
-            if_frozen, if_trained
-        )
+        """The array of a leaf that is one where it is frozen, and another where it trains."""
+        return select(self.plan.scales[i], self._packed, if_frozen, if_trained)
 
     def is_full(self, tree: PyTree) -> bool:
         """Whether a tree is structured like the parameters; one array alone must have its shape."""
-        treedef: Any = jax.tree.structure(tree)
-        if treedef != self.plan.treedef:
+        if bool(self.plan.treedef != jax.tree.structure(tree)):
             return False
-        shape = self.plan.shapes[0] if jax.tree_util.all_leaves([tree]) else ()
-        return not jax.tree_util.all_leaves([tree]) or np.shape(tree) == shape != ()
+        is_leaf = jax.tree_util.treedef_is_leaf(self.plan.treedef)
+        return not is_leaf or np.shape(tree) == self.plan.shapes[0] != ()
 
     def is_narrow(self, tree: PyTree) -> bool:
         """Whether a tree is structured like a narrow one."""
@@ -127,7 +120,7 @@ class View:
         return np.ndim(leaf) - len(self.plan.shapes[i])
 
 
-def _over(axes: int, function: Callable[..., Any]) -> Callable[..., Any]:
+def over(axes: int, function: Callable[..., Any]) -> Callable[..., Any]:
     """A function of arrays that have so many more axes in front."""
     for _ in range(axes):
         function = jax.vmap(function)

@@ -185,8 +185,8 @@ def _translated(
 ) -> dict[str, Any]:
     """Extra arguments as the optimizer is to see them.
 
-    What is like the updates is narrowed. A function of the parameters gets them in full, and so it
-    does the other arguments; what it returns is narrowed if it is like the updates.
+    What is like the updates is narrowed. A function is called with all of this in full again, the
+    parameters first; what it returns is narrowed if it is like the updates.
     """
     narrowed = {
         name: of_updates.narrow(value)

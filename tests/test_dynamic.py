@@ -293,3 +293,15 @@ def test_updates_from_numpy(rules):
     np.testing.assert_array_equal(traced["w"], out["w"])
     halves = jax.vmap(lambda rate: lm.scale_by_rules([("w", rate)]).update(updates, ())[0]["w"])
     np.testing.assert_array_equal(halves(jnp.array([0.5, 2]))[:, 0, 0], [0.5, 2])
+
+
+@pytest.mark.parametrize(
+    "made", [[("a", lambda step: 0.5)], [(lm.elements("a", np.eye(2) > 0), None)]]
+)
+def test_a_state_that_shows_other_rules_is_refused(made):
+    """Of rules with a schedule or a mask, by rules that have neither."""
+    params = {"a": jnp.ones((2, 2))}
+    for rules_of in (lm.scale_by_rules, lambda rules: lm.wrap(optax.sgd(0.1), rules)):
+        state = rules_of(made).init(params)
+        with pytest.raises(lm.RuleError, match="neither schedules nor element masks"):
+            rules_of([("a", 2)]).update(params, state, params)

@@ -166,6 +166,12 @@ def test_other_classes_of_the_same_paths():
     lm.assert_frozen(before, after, [(..., None)])
 
 
+def test_a_rule_that_does_nothing_is_warned_of_once():
+    with pytest.warns(UserWarning, match="no path matches 'v'") as caught:
+        lm.assert_frozen(BEFORE, BEFORE, [*RULES, ("v", None)], strict=False)
+    assert [each.filename for each in caught] == [__file__]
+
+
 def test_what_cannot_tell_what_was():
     rules = [("kernel", None)]
     module = nnx.Linear(2, 2, rngs=nnx.Rngs(0))

@@ -249,6 +249,16 @@ def test_so_for_optimizers_that_make_nothing_of_a_placeholder(tree):
             np.testing.assert_array_equal(each, was[path])
 
 
+def test_plans_are_read_once_whatever_the_number_of_arrays(monkeypatch):
+    reads = []
+    frozen = lm.Plan.frozen.fget
+    monkeypatch.setattr(lm.Plan, "frozen", property(lambda plan: reads.append(1) or frozen(plan)))
+    params = {f"a{i}": jnp.ones(1) for i in range(20)}
+    state = lm.wrap(optax.adam(0.1), []).init(params)
+    lm.migrate(state, params, optax.adam(0.1), [], [("a0", None)])
+    assert len(reads) == 2
+
+
 def test_warnings_are_of_the_caller():
     adam = optax.adam(0.1)
     state = lm.wrap(adam, []).init(PARAMS)

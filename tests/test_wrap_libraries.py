@@ -1255,3 +1255,30 @@ def test_orbax(compact, tmp_path):
     assert bits(carried) == bits(state)
     assert bits(step.run(params, carried, range(3, 6))) == bits(went_on)
     assert step.traces == 1
+
+
+def test_rules_saved_beside_their_state(tmp_path):
+    """Both in one checkpoint; a run that knows neither goes on to the same bits."""
+    rules = [["trunk", None], ["part/kernel", 0.5], ["**/bias", 0], ["**", 2]]
+    tx = lm.wrap(injected(), rules)
+    step = Step(tx)
+    params, state = step.run(make_params(), tx.init(make_params()), range(3))
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        arrays = ocp.args.StandardSave({"params": params, "state": state})
+        saved = ocp.args.Composite(arrays=arrays, rules=ocp.args.JsonSave(rules))
+        checkpointer.save(tmp_path / "both", saved)
+        wanted = ocp.args.Composite(rules=ocp.args.JsonRestore())
+        read = checkpointer.restore(tmp_path / "both", wanted).rules
+        resumed = lm.wrap(injected(), read)
+        target = {"params": params, "state": jax.eval_shape(resumed.init, params)}
+        wanted = ocp.args.Composite(arrays=ocp.args.StandardRestore(target))
+        back = checkpointer.restore(tmp_path / "both", wanted).arrays
+    assert lm.Rules(read) == lm.Rules(rules)
+    went_on = step.run(params, state, range(3, 6))
+    resumed = Step(resumed).run(back["params"], back["state"], range(3, 6))
+    assert bits(resumed) == bits(went_on)
+    other = lm.wrap(injected(), [["head", None], *read])
+    with pytest.raises(
+        lm.RuleError, match=r"something for 'head/kernel', which these rules freeze"
+    ):
+        other.update(params, back["state"], params)
