@@ -4,6 +4,8 @@ The names, in the order of their use: `paths` lists what rules may speak of, `Ru
 say, `compile_rules` makes a `Plan` of them, and `scale_by_rules` applies them after any optimizer.
 """
 
+from lrmult._attached import attach, attached_rules
+from lrmult._edit import extract, graft, replace
 from lrmult._errors import (
     AxisError,
     FrozenError,
@@ -24,7 +26,8 @@ from lrmult._paths import paths
 from lrmult._plan import Claim, LeafPlan, Plan, compile_rules, trainable_mask
 from lrmult._rules import Rule, Rules, optional
 from lrmult._structure import Structure
-from lrmult._targets import along, elements, neurons, rows
+from lrmult._structure_of import structure_of
+from lrmult._targets import along, elements, neurons, of_type, rows
 from lrmult._transform import scale_by_rules
 from lrmult._wrap import wrap
 
@@ -51,15 +54,22 @@ __all__ = [
     "UnmatchedRuleError",
     "along",
     "assert_frozen",
+    "attach",
+    "attached_rules",
     "compile_rules",
     "elements",
+    "extract",
+    "graft",
     "migrate",
     "neurons",
+    "of_type",
     "optional",
     "paths",
+    "replace",
     "rows",
     "scale_by_rules",
     "stop_frozen",
+    "structure_of",
     "trainable_mask",
     "wrap",
 ]

@@ -1,5 +1,7 @@
 """The strict checks: a rule that says nothing, or can never be heard, is a mistake."""
 
+from collections.abc import Iterator
+
 from lrmult._claims import Matched, Pieces, claiming_rules
 from lrmult._errors import (
     IndexRangeError,
@@ -35,13 +37,26 @@ def check(
         UnmatchedRuleError: if a rule matches nothing.
         ShadowedRuleError: if earlier rules claim all that a rule matches.
     """
+    warnings = []
+    for index, error in mistakes(rules, tree, matches, matched, claims):
+        message = f"{_name(index, rules[index])}: {error}"
+        if strict or not isinstance(error, UnmatchedRuleError | ShadowedRuleError):
+            raise type(error)(message) from error.__cause__
+        warnings.append(message)
+    return warnings
+
+
+def mistakes(
+    rules: Rules, tree: ParamTree, matches: Matches, matched: Matched, claims: list[Pieces]
+) -> Iterator[tuple[int, LrmultError]]:
+    """The rules that are mistakes, and why; messages do not name the rule."""
     matching = {rule for row in set(matched.rows) for rule in row}
     claiming = claiming_rules(claims)
-    warnings = []
+    overruled = {rule for leaf in matched.routes for rule in matched.overruled(leaf, claims[leaf])}
+    heard = claiming | overruled | matches.in_holes
     for index, rule in enumerate(rules):
         error = matches.errors.get(index, matched.errors.get(index))
-        passed = index in claiming or index in matches.in_holes or _closes(index, rules)
-        if error is None and not passed:
+        if error is None and index not in heard and not _closes(index, rules):
             if index not in matching:
                 error = matched.nothing.get(index, matches.unresolved.get(index))
             if error is None and not rule.optional:
@@ -50,13 +65,10 @@ def check(
                     if index in matching
                     else UnmatchedRuleError(explain_unmatched(rule, tree))
                 )
-        if error is None or (rule.optional and isinstance(error, _FORGIVEN)):
-            continue
-        message = f"{_name(index, rule)}: {error}{_hint(error, tree)}"
-        if strict or not isinstance(error, UnmatchedRuleError | ShadowedRuleError):
-            raise type(error)(message) from error.__cause__
-        warnings.append(message)
-    return warnings
+        if error is not None and not (rule.optional and isinstance(error, _FORGIVEN)):
+            hinted = type(error)(f"{error}{_hint(error, tree)}")
+            hinted.__cause__ = error.__cause__
+            yield index, hinted
 
 
 def _hint(error: LrmultError, tree: ParamTree) -> str:

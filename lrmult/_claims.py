@@ -52,6 +52,7 @@ class Matched:
         rows: per leaf, the rules that match at least one of its elements, in order.
         errors: per rule, why it cannot be applied.
         nothing: per rule, why it matches nothing after all.
+        routes: as in `Matches`.
     """
 
     def __init__(self, rules: Rules, tree: ParamTree, matches: Matches) -> None:
@@ -59,6 +60,7 @@ class Matched:
         self._tree = tree
         self._regions = dict(matches.slices)
         self.rows = matches.rows
+        self.routes = matches.routes
         self.errors: dict[int, LrmultError] = {}
         self.nothing: dict[int, LrmultError] = {}
         # By rule, given axis and layer: the size along the axis, and the array that has it.
@@ -118,6 +120,19 @@ class Matched:
             pieces.append(Piece(None, WHOLE, match.left))
         return tuple(pieces)
 
+    def overruled(self, leaf: int, claims: Pieces) -> list[int]:
+        """The rules that lost a shared array to rules that match other paths of it alone."""
+        routes = self.routes.get(leaf, {})
+        winners = claiming_rules([claims])
+        found = []
+        for rule in self.rows[leaf] if routes else ():
+            here = [rules for rules in routes.values() if rule in rules]
+            if here and rule not in winners:
+                holders = self.holders(leaf, rule, claims)
+                if any(not any(holder in rules for rules in here) for holder in holders):
+                    found.append(rule)
+        return found
+
     def holders(self, leaf: int, rule: int, pieces: Pieces) -> set[int]:
         """The rules that have the elements of an array that another rule matches."""
         shape = self._tree.shapes[leaf]
@@ -169,18 +184,26 @@ class Matched:
                     f"{tree.show(leaf)}; {self._fitting(restriction.shape, rule)}"
                 )
             return restriction.region
-        if isinstance(restriction, Neurons):
-            axis = self._output_axis(leaf, restriction.axis, rule)
-        elif -len(shape) <= restriction.axis < len(shape):
-            axis = restriction.axis % len(shape)
-        else:
-            wild = is_wild(self._rules[rule].selector)
-            raise AxisError(
-                f"{tree.show(leaf)} has no axis {restriction.axis}; name arrays that have it"
-                + ("" if wild else ", or write a wildcard, which passes over the others")
-            )
+        axis = self.axis_of(leaf, restriction, rule)
         vector = select(restriction.index, shape[axis], f"axis {axis} of {tree.show(leaf)}")
         return WHOLE.along(axis, vector)
+
+    def axis_of(self, leaf: int, restriction: Along | Neurons, rule: int) -> int:
+        """The axis of an array along which a restriction chooses.
+
+        Raises:
+            AxisError: if it has none, or that is not known.
+        """
+        shape = self._tree.shapes[leaf]
+        if isinstance(restriction, Neurons):
+            return self._output_axis(leaf, restriction.axis, rule)
+        if -len(shape) <= restriction.axis < len(shape):
+            return restriction.axis % len(shape)
+        wild = is_wild(self._rules[rule].selector)
+        raise AxisError(
+            f"{self._tree.show(leaf)} has no axis {restriction.axis}; name arrays that have it"
+            + ("" if wild else ", or write a wildcard, which passes over the others")
+        )
 
     def _fitting(self, shape: Shape, rule: int) -> str:
         """What to write where a mask of that shape does not fit."""

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 
 class LrmultError(ValueError):
@@ -56,12 +57,13 @@ def shorten(text: str, most: int = 80) -> str:
     return line if len(line) <= most else f"{line[: most - 20]}...{line[-17:]}"
 
 
-def show(value: object) -> str:
+def show(value: Any) -> str:
     """How a message shows an object that somebody passed: on one line, without addresses."""
-    if hasattr(value, "shape") and hasattr(value, "dtype") and getattr(value, "shape", ()) != ():
+    is_class = isinstance(value, type)
+    if not is_class and hasattr(value, "dtype") and getattr(value, "shape", ()) != ():
         return f"an array {value.dtype}[{','.join(map(str, value.shape))}]"
     if callable(value) and hasattr(value, "__qualname__"):
-        kind = "class" if isinstance(value, type) else "function"
+        kind = "class" if is_class else "function"
         return f"the {kind} {value.__qualname__}"
     try:
         text = repr(value)

@@ -9,7 +9,7 @@ import numpy as np
 
 from lrmult._errors import FrozenError, RuleError, listing
 from lrmult._parts import Parts
-from lrmult._paths import ParamTree, PyTree, is_array, loaded_nnx
+from lrmult._paths import ParamTree, PyTree, is_array, is_nnx_module, loaded_nnx
 from lrmult._plan import cached_plan, warned
 from lrmult._rules import Rules, RulesLike
 from lrmult._running import RunTime
@@ -63,7 +63,7 @@ def stop_frozen(
         [0. 0.] [0. 2.]
     """
     nnx = loaded_nnx()
-    module = params if nnx is not None and isinstance(params, nnx.Module) else None
+    module = params if is_nnx_module(params) else None
     if module is not None:
         params = nnx.state(module)
     read = Rules(rules)

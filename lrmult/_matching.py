@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,11 +15,13 @@ from lrmult._errors import (
     LrmultError,
     PositionError,
     RuleError,
+    UnmatchedRuleError,
+    listing,
     shorten,
     show,
 )
 from lrmult._paths import ParamTree
-from lrmult._patterns import Pattern
+from lrmult._patterns import Pattern, show_position
 from lrmult._positions import (
     Family,
     UnknowablePositionError,
@@ -29,7 +31,7 @@ from lrmult._positions import (
     stems,
 )
 from lrmult._regions import Region, boxes
-from lrmult._targets import Selector
+from lrmult._targets import OfType, Selector
 
 
 @dataclasses.dataclass
@@ -40,6 +42,8 @@ class Matches:
         rows: per leaf of the tree, the indices of the rules that match it or part of it, in order.
         slices: by leaf and rule, the parts that a rule matches, where positions lead it to some
             layers of a stack only.
+        routes: per array with several paths, the nodes at their ends, and the rules that match
+            there.
         in_holes: the rules that could match inside a hole of the tree.
         unresolved: per rule, a position in it that names nothing at some place.
         errors: per rule, why what it matches cannot be told.
@@ -47,8 +51,9 @@ class Matches:
 
     rows: list[tuple[int, ...]]
     slices: dict[tuple[int, int], list[Region]]
+    routes: dict[int, dict[int, tuple[int, ...]]]
     in_holes: set[int]
-    unresolved: dict[int, PositionError]
+    unresolved: dict[int, LrmultError]
     errors: dict[int, LrmultError]
 
 
@@ -57,8 +62,14 @@ def match(selectors: Sequence[Selector], tree: ParamTree) -> Matches:
     automaton = Automaton(selectors)
     walk = _Walk(automaton, tree)
     walk.run()
-    others = {r: s for r, s in enumerate(selectors) if not isinstance(s, Pattern)}
-    arrays = [_Asked(tree, index, node) for index, node in tree.arrays()] if others else []
+    for rule, selector in enumerate(selectors):
+        if isinstance(selector, OfType):
+            walk.add(rule, selector)
+    others = {r: s for r, s in enumerate(selectors) if not isinstance(s, Pattern | OfType)}
+    arrays = [_Asked(tree, leaf, node) for leaf, node in tree.arrays()] if others else []
+    if others:
+        aliases = tree.aliases.items()
+        arrays += [_Asked(tree, leaf, node) for leaf, nodes in aliases for node in nodes]
     for rule, selector in others.items():
         try:
             for array in arrays:
@@ -76,14 +87,20 @@ def match(selectors: Sequence[Selector], tree: ParamTree) -> Matches:
             else:  # what it would say of something that is not there cannot be asked
                 walk.in_holes.add(rule)
     rows = [() if node is None else walk.matched[node] for node in tree.places]
+    routes: dict[int, dict[int, tuple[int, ...]]] = {}
+    for leaf, nodes in tree.aliases.items():
+        routes[leaf] = {node: walk.matched[node] for node in (tree.places[leaf] or 0, *nodes)}
+        for matched in routes[leaf].values():
+            rows[leaf] = walk.merge(rows[leaf], matched)
     slices: dict[tuple[int, int], list[Region]] = {}
     for leaf in tree.slices:
-        found = _slices(leaf, walk.matched, tree)
+        found = _slices(leaf, rows[leaf], walk.matched, tree)
         slices |= {(leaf, rule): regions for rule, regions in found.items()}
         rows[leaf] = walk.merge(rows[leaf], tuple(sorted(found)))
     return Matches(
         rows=rows,
         slices=slices,
+        routes=routes,
         in_holes=walk.in_holes,
         unresolved=walk.unresolved,
         errors=walk.errors,
@@ -91,11 +108,10 @@ def match(selectors: Sequence[Selector], tree: ParamTree) -> Matches:
 
 
 def _slices(
-    leaf: int, matched: Sequence[tuple[int, ...]], tree: ParamTree
+    leaf: int, whole: tuple[int, ...], matched: Sequence[tuple[int, ...]], tree: ParamTree
 ) -> dict[int, list[Region]]:
     """The parts of an array, by rule, that rules match only as layers of a stack."""
     copies = tree.slices[leaf]
-    whole = matched[tree.places[leaf] or 0]
     axes = sorted({axis for at in copies.values() for axis in at})
     grids: dict[int, Any] = {}
     for node, at in copies.items():
@@ -157,7 +173,7 @@ class _Walk:
         # Per node, the rules that match it or a node above it.
         self.matched: list[tuple[int, ...]] = [()] * len(tree.names)
         self.in_holes: set[int] = set()
-        self.unresolved: dict[int, PositionError] = {}
+        self.unresolved: dict[int, LrmultError] = {}
         self.errors: dict[int, LrmultError] = {}
         self._resolved: dict[int, int] = {}  # node -> the states that a position leads to there
         self._accepted: dict[int, tuple[int, ...]] = {}  # the rules of accepting states
@@ -168,7 +184,7 @@ class _Walk:
     def run(self) -> None:
         """Visit every node."""
         automaton, active, matched = self.automaton, self.active, self.matched
-        names = self.tree.names
+        names = [*self.tree.names, *itertools.chain.from_iterable(self.tree.order.values())]
         if automaton.indexed:
             names = [*names, *itertools.chain.from_iterable(map(base_names, stems(names)))]
         expecting = automaton.expecting(names)
@@ -201,6 +217,21 @@ class _Walk:
                 else:
                     active[child] = lasting
                     matched[child] = known
+
+    def add(self, rule: int, selector: OfType) -> None:
+        """Note what a rule matches that names nodes by their exact paths."""
+        lines = [list(self.tree.nodes_along(path)) for path in selector.paths]
+        ends = {
+            line[-1]
+            for line, path in zip(lines, selector.paths, strict=True)
+            if len(line) > len(path)
+        }
+        for node, above in enumerate(self.tree.parents):
+            if node in ends or (node and above in ends):
+                ends.add(node)
+                self.matched[node] = self.merge(self.matched[node], (rule,))
+        if not self.tree.holes.isdisjoint(itertools.chain(ends, *lines)):
+            self.in_holes.add(rule)
 
     def _arrive(self, node: int, states: int, known: tuple[int, ...]) -> None:
         accepted = states & self.automaton.accept
@@ -241,16 +272,24 @@ class _Walk:
             what = repr(shorten(self.tree.text(above))) if above else "the root"
             if name is not None and above == node:
                 what = f"the family {shorten(name)!r} {'below' if above else 'at'} {what}"
-            for member in family.select(self.automaton.positions[bit], what):
-                below = children[member]
-                self._resolved[below] = self._resolved.get(below, 0) | bit << 1
+            position = self.automaton.positions[bit]
+            members = family.select(position, what)
+            for member in members:
+                if member in children:
+                    below = children[member]
+                    self._resolved[below] = self._resolved.get(below, 0) | bit << 1
+            if children.keys().isdisjoint(members):
+                raise UnmatchedRuleError(
+                    f"{show_position(position)} of {what} is {listing(members)}, which "
+                    f"{'has' if len(members) == 1 else 'have'} no parameters here"
+                )
         except UnknowablePositionError as error:
             self.errors.setdefault(rule, PositionError(str(error)))
-        except PositionError as error:
+        except (PositionError, UnmatchedRuleError) as error:
             # A place without an order, or without that position, is passed over, and matters only
             # if the rule matches nothing. Out of range says more than no order.
             known = self.unresolved.setdefault(rule, error)
-            if isinstance(error, IndexRangeError) and not isinstance(known, IndexRangeError):
+            if type(known) is PositionError and type(error) is not PositionError:
                 self.unresolved[rule] = error
 
     def _family(
@@ -275,7 +314,7 @@ class _Walk:
                 no_order = error
         family = None
         if name is not None:
-            family = family_of(children, name, self._stems(node), tree.text(node))
+            family = family_of(self._names(node), name, self._stems(node), tree.text(node))
         if child in holes:
             self.in_holes.add(rule)
         elif no_order and family is None:
@@ -285,7 +324,16 @@ class _Walk:
     def _countable(self, node: int) -> Iterable[str]:
         """The names below a node that a position may follow: of children, and of families."""
         bases = itertools.chain.from_iterable(map(base_names, self._stems(node)))
-        return dict.fromkeys([*self.tree.children[node], *filter(None, bases)])
+        return dict.fromkeys([*self._names(node), *filter(None, bases)])
+
+    def _names(self, node: int) -> Collection[str]:
+        """The names of the children of a node, layers without parameters among them."""
+        given = self.tree.order.get(node, ())
+        return (
+            dict.fromkeys([*self.tree.children[node], *given])
+            if given
+            else self.tree.children[node]
+        )
 
     def _order(self, node: int) -> Family:
         if node not in self._orders:
@@ -304,10 +352,11 @@ class _Walk:
             raise IndexRangeError(f"{shorten(self.tree.text(node))!r} is a stack of no layers")
         if node in self.tree.layers:
             return Family({int(number): number for number in self.tree.layers[node]})
-        if not children:
+        given = self.tree.order.get(node)
+        if not children and not given:
             raise PositionError(self._childless(node))
         try:
-            return order_of(children, self.tree.text(node))
+            return order_of(children, given, self.tree.text(node), self.tree.remedy)
         except PositionError as error:
             error.node = node
             raise
@@ -316,7 +365,8 @@ class _Walk:
         if not node:
             return "the tree is empty or a bare array, and has no children for a position to count"
         leaves = [leaf for leaf, place in self.tree.arrays() if place == node]
-        leaves += [leaf for leaf, copies in self.tree.slices.items() if node in copies]
+        for known in (self.tree.aliases, self.tree.slices):
+            leaves += [leaf for leaf, others in known.items() if node in others]
         if not leaves:
             seen = f"{shorten(self.tree.text(node))!r} holds no array, and"
             return f"{seen} has no children for a position to count"
@@ -334,5 +384,5 @@ class _Walk:
 
     def _stems(self, node: int) -> dict[str, list[str]]:
         if node not in self._groups:
-            self._groups[node] = stems(self.tree.children[node])
+            self._groups[node] = stems(self._names(node))
         return self._groups[node]

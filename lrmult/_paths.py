@@ -5,6 +5,7 @@ in the package looks at JAX key paths.
 """
 
 import collections
+import functools
 import itertools
 import sys
 from collections.abc import Iterable, Iterator
@@ -38,10 +39,14 @@ class ParamTree:
         places: per leaf, its node; None where the leaf is no array, such as an activation function.
         shapes: per leaf, its shape; `()` where it is no array.
         dtypes: per leaf, its dtype; None where it is no array.
+        aliases: per leaf that is shared, the other nodes that stand for it.
+        order: the nodes whose children are in a given order, and the names of these, among which
+            may be layers without parameters that are not in the tree.
         layers: the nodes whose layers are stacked along an axis of every array below, and for each
             of them the nodes that stand for its layers, by number. Only positions lead there.
         slices: per leaf below such nodes, the nodes that stand for slices of it, each with an index
             for some of its axes.
+        remedy: what to do where children have no order.
     """
 
     def __init__(self, params: PyTree) -> None:
@@ -54,6 +59,9 @@ class ParamTree:
         self.places: list[int | None] = []
         self.shapes: list[tuple[int, ...]] = []
         self.dtypes: list[Any] = []
+        self.aliases: dict[int, list[int]] = {}
+        self.order: dict[int, tuple[str, ...]] = {}
+        self.remedy = "pass structure=lrmult.structure_of(model), which knows it"
         self.layers: dict[int, dict[str, int]] = {}
         self.slices: dict[int, dict[int, dict[int, int]]] = {}
         self._stacked: set[int] = set()  # the nodes that stand for layers
@@ -123,10 +131,19 @@ class ParamTree:
 
     def node_at(self, segments: Iterable[str]) -> int | None:
         """The node that a path leads to; None if there is none."""
-        node: int | None = 0
+        names = tuple(segments)
+        line = list(self.nodes_along(names))
+        return line[-1] if len(line) > len(names) else None
+
+    def nodes_along(self, segments: Iterable[str]) -> Iterator[int]:
+        """The nodes on a path from the root, as far as there are any."""
+        node = 0
+        yield node
         for segment in segments:
-            node = self.children[node].get(segment) if node is not None else None
-        return node
+            if segment not in self.children[node]:
+                return
+            node = self.children[node][segment]
+            yield node
 
     def layers_with_outputs_first(self) -> dict[int, int]:
         """The nodes that are linear or convolutional layers of Equinox, if it is imported.
@@ -151,6 +168,22 @@ class ParamTree:
                 found[node] = 2 if isinstance(module, linear) else module.num_spatial_dims + 2
         return found
 
+    def alias(self, leaf: int, segments: Iterable[str]) -> None:
+        """Note that a path leads to an array that stands elsewhere in the tree."""
+        node = 0
+        for segment in segments:
+            below = self.children[node]
+            if segment not in below:
+                if below is _CHILDLESS:
+                    below = self.children[node] = {}
+                below[segment] = len(self.names)
+                self.names.append(segment)
+                self.parents.append(node)
+                self.children.append(_CHILDLESS)
+            node = below[segment]
+        self._size = len(self.names)
+        self.aliases.setdefault(leaf, []).append(node)
+
     def stack(self, node: int, axis: int, size: int) -> None:
         """Note that a node stands for that many layers, stacked along an axis of all below it.
 
@@ -158,6 +191,9 @@ class ParamTree:
         one another, the lower ones come first.
         """
         leaves = {place: leaf for leaf, place in enumerate(self.places) if place is not None}
+        for leaf, aliases in self.aliases.items():
+            if node in self.line(self.places[leaf] or 0):
+                leaves.update(dict.fromkeys(aliases, leaf))
         for leaf, known in self.slices.items():
             leaves.update(dict.fromkeys(known, leaf))
         layers: dict[str, int] = {}
@@ -167,6 +203,15 @@ class ParamTree:
             self.names[layer] = key
             self._stacked.add(layer)
         self.layers[node] = layers
+
+    def stack_below(self, node: int, top: int) -> None:
+        """Note that a node holds all arrays of a stack above it: its layers are the same."""
+        names = [self.names[each] for each in self.line(node)[len(self.line(top)) :]]
+        self.layers[node] = {}
+        for number, layer in self.layers[top].items():
+            self.layers[node][number] = functools.reduce(
+                lambda above, name: self.children[above][name], names, layer
+            )
 
     def _copy(
         self,
@@ -188,6 +233,8 @@ class ParamTree:
             for known in (self.holes, self.cut, self._stacked):
                 if node in known:
                     known.add(copy)
+            if node in self.order:
+                self.order[copy] = self.order[node]
             below: dict[str, int] = {}
             self.children.append(below)
             pending.extend(
@@ -311,6 +358,12 @@ def loaded_nnx() -> Any:
     return sys.modules.get("flax.nnx")
 
 
+def is_nnx_module(tree: Any) -> bool:
+    """Whether it is a module of NNX, which is changed in place."""
+    nnx = loaded_nnx()
+    return nnx is not None and isinstance(tree, nnx.Module)
+
+
 def box_types() -> tuple[type, ...]:
     """The classes that hold an array under ``value``, of those libraries that are imported."""
     found = []
@@ -319,6 +372,14 @@ def box_types() -> tuple[type, ...]:
         if isinstance(box, type):
             found.append(box)
     return tuple(found)
+
+
+def children_of(node: PyTree) -> dict[tuple[str, ...], Any]:
+    """What stands directly below a node of a pytree, by the names on the way; boxes do not show."""
+    if isinstance(node, box_types()):
+        [(_, node)] = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda n: n is not node)[0]
+    found = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda n: n is not node)[0]
+    return {tuple(_segments_of(key)): child for [key], child in found}
 
 
 def entries(tree: PyTree) -> dict[tuple[str, ...], Any]:

@@ -8,16 +8,17 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
+import optax
 
 from lrmult._checks import check
 from lrmult._claims import Matched, Pieces
 from lrmult._matching import match
 from lrmult._multipliers import Multiplier
 from lrmult._parts import Values, frozen_of, values_of
-from lrmult._paths import ParamTree, PyTree, shape_and_dtype
+from lrmult._paths import ParamTree, PyTree, is_nnx_module, shape_and_dtype
 from lrmult._rules import Rules, RulesLike, show_rule
 from lrmult._scaling import Scales, is_frozen, scales_of
-from lrmult._structure import Structure, add_structure, read_structure
+from lrmult._structure import Structure, add_structure, read_structure, tied_by_accident
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -38,6 +39,7 @@ class LeafPlan:
 
     Attributes:
         path: the array's path, as `paths` lists it.
+        aliases: its other paths, if it is shared.
         shape: its shape.
         dtype: its dtype.
         rules: the rules that claimed elements of it, in order; where none did, the multiplier is 1.
@@ -47,6 +49,7 @@ class LeafPlan:
     """
 
     path: str
+    aliases: tuple[str, ...]
     shape: tuple[int, ...]
     dtype: Any
     rules: tuple[Claim, ...]
@@ -66,6 +69,7 @@ class Plan:
         structure: the facts about the model that it was compiled with.
         shapes: per leaf, in the order of `jax.tree.leaves`, its shape.
         claims: per leaf which rule has which elements.
+        overruled: per leaf that is shared, the rules that lost it to rules on others of its paths.
         warnings: what `strict=False` let pass.
     """
 
@@ -75,12 +79,14 @@ class Plan:
         structure: Structure,
         tree: ParamTree,
         claims: Iterable[Pieces],
+        overruled: dict[int, list[int]],
         warnings: Iterable[str],
     ) -> None:
         self.rules = rules
         self.structure = structure
         self.treedef: Any = tree.treedef
         self.claims: tuple[Pieces, ...] = tuple(claims)
+        self.overruled = overruled
         self.warnings: tuple[str, ...] = tuple(warnings)
         self.shapes: tuple[tuple[int, ...], ...] = tuple(tree.shapes)
         self._tree = tree
@@ -170,6 +176,7 @@ class Plan:
         claiming = dict.fromkeys(piece.rule for piece in pieces if piece.rule is not None)
         return LeafPlan(
             path=tree.text(node),
+            aliases=tuple(tree.text(alias) for alias in tree.aliases.get(index, ())),
             shape=tree.shapes[index],
             dtype=tree.dtypes[index],
             rules=tuple(claims[rule] for rule in claiming),
@@ -177,6 +184,10 @@ class Plan:
             trained=size - frozen,
             frozen=frozen,
         )
+
+    def path(self, leaf: int) -> str:
+        """The path of a leaf that is an array, as `paths` lists it."""
+        return self._tree.text(self._tree.places[leaf] or 0)
 
     def __rich__(self) -> Any:
         from lrmult._report import table
@@ -256,12 +267,16 @@ def compile_rules(
         >>> plan.multipliers["head"]
         {'b': 2.0, 'w': 10.0}
     """
-    return warned(_compile(Rules(rules), params, read_structure(structure), strict))
+    return warned(_compile(Rules(rules), params, read_structure(structure), strict), params)
 
 
-def warned(plan: Plan) -> Plan:
-    """The plan, after a warning of each of its mistakes to the caller's caller."""
-    for message in plan.warnings:
+def warned(plan: Plan, params: PyTree = None) -> Plan:
+    """The plan, after a warning of each mistake in it, or in the tree, to the caller's caller."""
+    tied = None
+    # A module of NNX shares arrays on purpose, and lookahead's parameters are to come apart.
+    if not (is_nnx_module(params) or isinstance(params, optax.LookaheadParams)):
+        tied = tied_by_accident(plan._tree, jax.tree.leaves(params), plan.trains)
+    for message in (*plan.warnings, *filter(None, [tied])):
         warnings.warn(message, stacklevel=3)
     return plan
 
@@ -335,4 +350,5 @@ def _compile(rules: Rules, params: PyTree, structure: Structure, strict: bool) -
     matched = Matched(rules, tree, matches)
     claims = matched.claims()
     passed = check(rules, tree, matches, matched, claims, strict=strict)
-    return Plan(rules, structure, tree, claims, passed)
+    overruled = {leaf: matched.overruled(leaf, claims[leaf]) for leaf in matched.routes}
+    return Plan(rules, structure, tree, claims, overruled, passed)

@@ -7,7 +7,7 @@ how a dict was sorted: that of their numbers. A position *is* the number.
 import dataclasses
 import functools
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 from lrmult._errors import IndexRangeError, PositionError, listing, shorten
 from lrmult._patterns import Position, Span, show_position
@@ -40,7 +40,7 @@ class Family:
             raise UnknowablePositionError(
                 f"{show_position(position)} reaches for the end of {what}, whose numbers have gaps "
                 f"({self._numbers()}): what stood there cannot be known; write the number itself, "
-                "or a slice with an end"
+                "a slice with an end, or pass structure=, which tells what stands in the gaps"
             )
         numbers = range(max(self.members) + 1)
         wanted: Collection[int]
@@ -127,11 +127,11 @@ def family_of(
     return _number(names, base if bare else None, f"the family {shorten(base)!r} {_below(node)}")
 
 
-def order_of(children: Collection[str], node: str) -> Family:
-    """All children in their natural order.
+def natural_order(children: Collection[str], node: str) -> Family | None:
+    """All children in the order of their numbers; None if they are not of one family.
 
     Raises:
-        PositionError: if they have none.
+        PositionError: if two of them have one number.
     """
     groups = stems(children)
     unnumbered = set(children) - {name for names in groups.values() for name in names}
@@ -142,6 +142,28 @@ def order_of(children: Collection[str], node: str) -> Family:
             family = _number(names, bare, f"what is {_below(node)}")
             if len(family.members) == len(children):
                 return family
+    return None
+
+
+def order_of(
+    children: Collection[str], given: Sequence[str] | None, node: str, remedy: str
+) -> Family:
+    """All children in order: that of their numbers, else the one that is given.
+
+    Args:
+        children: the names in the tree.
+        given: the order that a structure gives, in which layers without parameters count.
+        node: the path above them.
+        remedy: what to do where they have none.
+
+    Raises:
+        PositionError: if they have none.
+    """
+    family = natural_order(given or children, node)
+    if family is not None:
+        return family
+    if given:
+        return Family(dict(enumerate(given)))
     shown = listing([shorten(name, 40) for name in sorted(children)], 4)
     if len(children) == 1:
         raise PositionError(
@@ -151,7 +173,7 @@ def order_of(children: Collection[str], node: str) -> Family:
     raise PositionError(
         f"the children {_below(node)} ({shown}) have unlike names, and a parameter tree's "
         "structure keeps no order for them (JAX sorts dict keys); write the names of those that "
-        "you mean"
+        f"you mean, or {remedy}"
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lrmult._claims import claiming_rules
+from lrmult._errors import listing
 from lrmult._multipliers import show_multiplier
 from lrmult._parts import describe
 from lrmult._paths import ParamTree
@@ -58,9 +59,16 @@ def table(plan: Plan, tree: ParamTree) -> Any:
         style = "dim" if multiplier == show_multiplier(None) else ""
         shown.add_row(*(Text(cell, style=style) for cell in cells))
     notes = [Text(""), Text(_totals(plan))]
+    for path, alias in _aliases(tree):
+        notes.append(Text(f"{path} is {alias} too"))
     claiming = claiming_rules(plan.claims)
     for index, rule in enumerate(plan.rules):
-        if index not in claiming:
+        lost = [records[leaf].path for leaf, rules in plan.overruled.items() if index in rules]
+        if lost:
+            notes.append(
+                Text(f"{name_rule(index, *rule)} lost {listing(lost)} to rules on other paths")
+            )
+        elif index not in claiming:
             notes.append(Text(f"{name_rule(index, *rule)} claims nothing here"))
     return Group(shown, *notes)
 
@@ -77,6 +85,37 @@ def _answer(leaf: int, plan: Plan, tree: ParamTree) -> tuple[str, str]:
     stacked = {axis for at in tree.slices.get(leaf, {}).values() for axis in at}
     texts = map(show_multiplier, multipliers)
     return describe(tree.shapes[leaf], pieces, texts, stacked), rules or "none"
+
+
+def _aliases(tree: ParamTree) -> list[tuple[str, str]]:
+    """The paths that lead to one array, or to one subtree, in pairs."""
+    pairs = {
+        (tree.places[leaf] or 0, alias): None
+        for leaf, aliases in tree.aliases.items()
+        for alias in aliases
+    }
+    while True:
+        for node, alias in pairs:
+            above, beside = tree.parents[node], tree.parents[alias]
+            inside = {
+                (child, tree.children[beside].get(name))
+                for name, child in tree.children[above].items()
+            }
+            if (
+                above != beside
+                and inside <= pairs.keys()
+                and len(inside) == len(tree.children[beside])
+            ):
+                pairs = {pair: None for pair in pairs if pair not in inside}
+                pairs[above, beside] = None
+                break
+        else:
+            break
+    written = {}
+    for node, alias in pairs:
+        if (alias, node) not in written:  # both may be in the tree
+            written[node, alias] = tree.text(node), tree.text(alias)
+    return sorted(written.values())
 
 
 def _totals(plan: Plan) -> str:

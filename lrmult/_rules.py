@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import numbers
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, overload
@@ -180,12 +181,11 @@ class Rules(Sequence[Rule]):
         return hash(self._rules)
 
     def __repr__(self) -> str:
-        if not any(rule.optional for rule in self):
-            return f"Rules([{', '.join(map(repr, self))}])"
         shown = [
-            f"optional([{rule!r}])" if rule.optional else f"Rules([{rule!r}])" for rule in self
+            f"{'optional' if optional else 'Rules'}([{', '.join(map(repr, rules))}])"
+            for optional, rules in itertools.groupby(self, lambda rule: rule.optional)
         ]
-        return " + ".join(shown)
+        return " + ".join(shown) or "Rules([])"
 
 
 def optional(rules: RulesLike) -> Rules:

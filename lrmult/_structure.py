@@ -3,27 +3,45 @@
 import dataclasses
 import difflib
 import functools
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from lrmult._errors import AxisError, LrmultError, RuleError, shorten, show
+import jax
+import numpy as np
+
+from lrmult._errors import AxisError, LrmultError, RuleError, listing, shorten, show
 from lrmult._paths import ParamTree
 from lrmult._patterns import Names, parse
+from lrmult._positions import natural_order
 
 
 @dataclasses.dataclass(frozen=True)
 class Structure:
-    """What rules cannot read off a parameter tree.
+    """What rules cannot read off a parameter tree. `structure_of` reads it from a model.
+
+    Two are joined by ``|``: where both speak of the order or the layers of one node, the right one
+    counts.
 
     Attributes:
+        order: by the path of a node, the names of its children in order. Names that are not in the
+            tree are layers without parameters: they count, so that ``-2`` is the last but one
+            *layer*. Arrays that a node holds itself need not be named. Children of one numbered
+            family (``layers_0``, ``layers_2``) are counted by their numbers all the same; their
+            order only tells what stands in the gaps and at the end.
+        shared: groups of the paths of one array. A rule on any of them speaks of that array; if
+            several rules do, the first in the list wins. One path of a group at least is in the
+            tree. (It ties no arrays together: that is the model's business.)
         stacked: the nodes whose layers are stacked, by path, each with the axis along which every
             array below it is stacked (as `flax.linen.scan`, `flax.nnx.scan` and `flax.nnx.vmap`
-            make them). There ``"layers[2:4]"`` is a slice of that axis. The path of the root is
-            ``""``.
+            make them). There ``"layers[2:4]"`` is a slice of that axis.
+
+    The path of the root is ``""``.
 
     Raises:
-        RuleError: if it is no mapping from paths to ints.
+        RuleError: if one of them is not as above. What is wrong with respect to a tree shows in
+            `compile_rules`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -37,30 +55,120 @@ class Structure:
         layers       f32[12,8,8]    768   layers 0-3 of 12 frozen; rest 1   0: 'layers[:4]'
         <BLANKLINE>
         2 arrays, 784 parameters: 528 train, 256 frozen
+        >>> chain = {"conv": {"w": jnp.ones(3)}, "dense": {"w": jnp.ones(3)}}
+        >>> structure = lm.Structure(order={"": ["conv", "pool", "dense", "softmax"]})
+        >>> plan = lm.compile_rules([(-2, 1), (..., None)], chain, structure=structure)
+        >>> plan.trainable
+        {'conv': {'w': False}, 'dense': {'w': True}}
     """
 
+    order: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    shared: Sequence[Sequence[str]] = ()
     stacked: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    # The paths of nodes that were read from a model: a tree may hold a part of it only.
+    _read: frozenset[str] = dataclasses.field(default=frozenset(), repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.stacked, Mapping):
-            raise RuleError(
-                f"stacked= is {show(self.stacked)}; write the axis of each path, as in "
-                "Structure(stacked={'decoder/layers': 0})"
-            )
-        for path, axis in self.stacked.items():
-            if isinstance(axis, bool) or not isinstance(axis, int):
-                raise RuleError(f"stacked= has {show(axis)} for {show(path)}; an axis is an int")
-            _segments(path)
-        object.__setattr__(self, "stacked", MappingProxyType(dict(self.stacked)))
+        fields = {
+            "order": _read_order(self.order),
+            "shared": _read_groups(self.shared),
+            "stacked": _read_stacked(self.stacked),
+        }
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+
+    def __or__(self, other: "Structure") -> "Structure":
+        if not isinstance(other, Structure):
+            return NotImplemented
+        return Structure(
+            order={**self.order, **other.order},
+            shared=(*self.shared, *other.shared),
+            stacked={**self.stacked, **other.stacked},
+            _read=self._read | other._read,
+        )
 
     def __hash__(self) -> int:
-        return hash(frozenset(self.stacked.items()))
+        return hash((*map(frozenset, (self.order.items(), self.shared, self.stacked.items())),))
 
     def __reduce__(self) -> Any:
-        return Structure, (dict(self.stacked),)
+        return Structure, (dict(self.order), self.shared, dict(self.stacked), self._read)
 
     def __repr__(self) -> str:
-        return f"Structure(stacked={dict(self.stacked)!r})"
+        facts = {
+            "order": {path: list(names) for path, names in self.order.items()},
+            "shared": [list(group) for group in self.shared],
+            "stacked": dict(self.stacked),
+        }
+        return f"Structure({', '.join(f'{name}={fact}' for name, fact in facts.items() if fact)})"
+
+
+def _read_order(order: Any) -> Mapping[str, tuple[str, ...]]:
+    if not isinstance(order, Mapping):
+        raise RuleError(
+            f"order= is {show(order)}; write the children of each path, as in "
+            "Structure(order={'': ['conv', 'pool', 'dense']})"
+        )
+    for path, names in order.items():
+        _segments(path, "order")
+        listed = isinstance(names, Sequence) and not isinstance(names, str)
+        if not listed or not names or not all(isinstance(name, str) for name in names):
+            raise RuleError(
+                f"order= has {show(names)} for {show(path)}; write a list of the names of its "
+                "children"
+            )
+        if len(set(names)) < len(names):
+            raise RuleError(f"order= names a child of {shorten(path)!r} twice: {show(names)}")
+        below = [name for name in names if "/" in name]
+        if below:
+            raise RuleError(
+                f"order= names {shorten(below[0])!r} as a child of {shorten(path)!r}; the children "
+                "of a child have an entry of their own"
+            )
+        family = natural_order(names, path)
+        if family is not None and list(names) != [
+            family.members[n] for n in sorted(family.members)
+        ]:
+            raise RuleError(
+                f"order= has {show(names)} for {shorten(path)!r}, but children of one numbered "
+                "family are counted by their numbers; write them in that order, or name them"
+            )
+    return MappingProxyType({path: tuple(names) for path, names in order.items()})
+
+
+def _read_groups(shared: Any) -> tuple[tuple[str, ...], ...]:
+    """Groups of paths; those that have a path in common are one."""
+    example = "Structure(shared=[['embed/embedding', 'head/kernel']])"
+    if isinstance(shared, str | Mapping) or not isinstance(shared, Iterable):
+        raise RuleError(f"shared= is {show(shared)}; write groups of paths, as in {example}")
+    groups: list[dict[str, None]] = []
+    for group in shared:
+        if isinstance(group, str) or not isinstance(group, Iterable):
+            raise RuleError(f"shared= has {show(group)}; write groups of paths, as in {example}")
+        paths = dict.fromkeys(group)
+        for path in paths:
+            _segments(path, "shared")
+        if len(paths) < 2:
+            raise RuleError(
+                f"shared= has {show(group)}; a group has two paths or more of one array"
+            )
+        for known in [known for known in groups if not known.keys().isdisjoint(paths)]:
+            paths = known | paths
+            groups.remove(known)
+        groups.append(paths)
+    return tuple(map(tuple, groups))
+
+
+def _read_stacked(stacked: Any) -> Mapping[str, int]:
+    if not isinstance(stacked, Mapping):
+        raise RuleError(
+            f"stacked= is {show(stacked)}; write the axis of each path, as in "
+            "Structure(stacked={'decoder/layers': 0})"
+        )
+    for path, axis in stacked.items():
+        if isinstance(axis, bool) or not isinstance(axis, int):
+            raise RuleError(f"stacked= has {show(axis)} for {show(path)}; an axis is an int")
+        _segments(path, "stacked")
+    return MappingProxyType(dict(stacked))
 
 
 def read_structure(structure: Any) -> Structure:
@@ -69,26 +177,34 @@ def read_structure(structure: Any) -> Structure:
         return Structure()
     if not isinstance(structure, Structure):
         raise RuleError(
-            f"structure= is {show(structure)}; write lrmult.Structure(stacked={{'path': axis}})"
+            f"structure= is {show(structure)}; write lrmult.structure_of(model), or "
+            "lrmult.Structure(stacked={'path': axis})"
         )
     return structure
 
 
-@functools.lru_cache(maxsize=1024)
-def _segments(path: Any) -> tuple[str, ...]:
+def told_of_another(structure: Structure | None) -> Structure:
+    """The facts as they may hold of another model too: what is not there is passed over."""
+    read = read_structure(structure)
+    paths = itertools.chain(read.order, *read.shared, read.stacked)
+    return dataclasses.replace(read, _read=frozenset(paths))
+
+
+@functools.lru_cache(maxsize=4096)
+def _segments(path: Any, fact: str) -> tuple[str, ...]:
     """The names along a path; the root has none."""
-    if path == "":
+    if path == "" and fact != "shared":
         return ()
     if not isinstance(path, str):
-        raise RuleError(f"{show(path)} in stacked= is no path; lrmult.paths(...) lists them")
+        raise RuleError(f"{show(path)} in {fact}= is no path; lrmult.paths(...) lists them")
     try:
         steps = parse(path).steps
     except LrmultError as error:
-        raise RuleError(f"the path {shorten(path)!r} in stacked= cannot be read: {error}") from None
+        raise RuleError(f"the path {shorten(path)!r} in {fact}= cannot be read: {error}") from None
     names = [step for step in steps if isinstance(step, Names) and step.is_literal]
     if len(names) < len(steps):
         raise RuleError(
-            f"the path {shorten(path)!r} in stacked= has a wildcard or a position; write the path "
+            f"the path {shorten(path)!r} in {fact}= has a wildcard or a position; write the path "
             "of one node in full, as lrmult.paths(...) shows it"
         )
     return tuple(name.alternatives[0][0] for name in names)
@@ -101,28 +217,125 @@ def add_structure(tree: ParamTree, structure: Structure) -> None:
         RuleError: if there is no such node.
         AxisError: if the arrays below a node are not all stacked along its axis.
     """
+    if structure._read:
+        tree.remedy = (
+            "keep them in a list, or say their order: structure | lrmult.Structure(order={'path': "
+            "[...]}) (structure_of tells none where the attributes of an NNX module stand sorted, "
+            "as nnx.jit leaves them)"
+        )
+    _share(tree, structure)
+    _put_in_order(tree, structure)
+    _stack(tree, structure)
+
+
+def _node(tree: ParamTree, structure: Structure, path: str, fact: str, says: str) -> int | None:
+    """The node of a path; None if it may have been cut out of the tree.
+
+    Args:
+        tree: the tree.
+        structure: what is said of it.
+        path: the path.
+        fact: the field of the structure that has it.
+        says: what that says of it, for a message.
+
+    Raises:
+        RuleError: if there is no such node.
+    """
+    segments = _segments(path, fact)
+    node = tree.node_at(segments)
+    if node is None and path not in structure._read and not _may_be_cut_out(tree, segments):
+        known = [tree.text(each) for each in tree.nodes[1:]]
+        near = difflib.get_close_matches(path, known, 1)
+        raise RuleError(
+            f"structure= says that {says.format(repr(shorten(path)))}, but nothing in the tree has "
+            "that path; "
+            + (f"did you mean {shorten(near[0])!r}?" if near else "lrmult.paths(params) lists them")
+        )
+    return node
+
+
+def _may_be_cut_out(tree: ParamTree, segments: tuple[str, ...]) -> bool:
+    return not tree.holes.isdisjoint(tree.nodes_along(segments))
+
+
+def _share(tree: ParamTree, structure: Structure) -> None:
+    leaves = {place: leaf for leaf, place in tree.arrays()} if structure.shared else {}
+    for group in structure.shared:
+        found = {path: tree.node_at(_segments(path, "shared")) for path in group}
+        places = {path: node for path, node in found.items() if node in leaves}
+        if not places:  # none is there, or they have been cut out
+            for path in group:
+                _node(tree, structure, path, "shared", "{} is shared")
+            continue
+        arrays = [leaves[node] for node in places.values() if node is not None]
+        for leaf in arrays[1:]:
+            if tree.shapes[leaf] != tree.shapes[arrays[0]]:
+                raise RuleError(
+                    f"structure= says that {tree.show(arrays[0])} and {tree.show(leaf)} are one "
+                    "array, but they have unlike shapes"
+                )
+        for path, node in found.items():
+            if node is not None and tree.children[node]:
+                raise RuleError(
+                    f"structure= says that {shorten(path)!r} is an array, but it holds "
+                    f"{listing(tree.children[node], 3)}; write the path of each array"
+                )
+            for leaf in arrays:
+                if node != tree.places[leaf]:
+                    tree.alias(leaf, _segments(path, "shared"))
+    for place in {*leaves, *(node for nodes in tree.aliases.values() for node in nodes)}:
+        for child in tree.children[place].values():
+            raise RuleError(
+                f"structure= says that there is an array at {shorten(tree.text(child))!r}, below "
+                f"that at {shorten(tree.text(place))!r}"
+            )
+
+
+def _put_in_order(tree: ParamTree, structure: Structure) -> None:
+    arrays = {place for _, place in tree.arrays()} if structure.order else set()
+    for path, names in structure.order.items():
+        node = _node(tree, structure, path, "order", "the children of {} have an order")
+        if node is None:
+            continue
+        left = tree.children[node].keys() - {*names}
+        left = {name for name in left if tree.children[node][name] not in arrays}
+        if left and path not in structure._read:
+            name = min(left)
+            near = difflib.get_close_matches(name, {*names} - tree.children[node].keys(), 1)
+            meant = f"; is it {shorten(near[0])!r} there?" if near else "; name it too"
+            raise RuleError(
+                f"structure= gives an order to the children of {shorten(path)!r} without "
+                f"{shorten(name)!r}{meant}"
+            )
+        tree.order[node] = tuple(names)
+
+
+def _stack(tree: ParamTree, structure: Structure) -> None:
     found: dict[int, tuple[str, int]] = {}
     for path, axis in structure.stacked.items():
-        node = tree.node_at(_segments(path))
+        node = _node(tree, structure, path, "stacked", "{} is stacked")
         if node is not None:
             found[node] = path, axis
-        elif not _may_be_cut_out(tree, _segments(path)):
-            known = [tree.text(each) for each in tree.nodes[1:]]
-            near = difflib.get_close_matches(path, known, 1)
-            seen = f"structure= says that {shorten(path)!r} is stacked, but nothing in the tree has"
-            raise RuleError(
-                f"{seen} that path; did you mean {shorten(near[0])!r}?"
-                if near
-                else f"{seen} that path; lrmult.paths(params) lists them"
-            )
     below: dict[int, list[int]] = {node: [] for node in found}  # -> leaves
     for leaf, place in tree.arrays() if found else ():
         for node in tree.line(place):
             if node in below:
                 below[node].append(leaf)
+
+    def top_of(node: int) -> int:
+        """The uppermost node that has the layers of this one too."""
+        path, axis = found[node]
+        for above in tree.line(node):
+            same = path in structure._read or below.get(above) == below[node]
+            if above in found and found[above][1] == axis and same:
+                return above
+        return node
+
     taken: dict[tuple[int, int], str] = {}
     for node in sorted(found, reverse=True):  # a node's number is above those of its parents
         path, axis = found[node]
+        if top_of(node) != node:
+            continue
         for leaf in below[node]:
             other = taken.setdefault((leaf, axis % max(len(tree.shapes[leaf]), 1)), path)
             if other != path:
@@ -132,14 +345,19 @@ def add_structure(tree: ParamTree, structure: Structure) -> None:
                     "array as it stands in the tree"
                 )
         if below[node]:
-            tree.stack(node, axis, _layers(tree, below[node], path, axis))
+            try:
+                layers = _layers(tree, below[node], path, axis)
+            except AxisError:
+                if path in structure._read:  # the tree holds more than the layers that told it
+                    continue
+                raise
+            tree.stack(node, axis, layers)
         else:  # all that was there has been cut out, and its layers with it
             tree.holes.add(node)
             tree.cut.add(node)
-
-
-def _may_be_cut_out(tree: ParamTree, segments: tuple[str, ...]) -> bool:
-    return any(tree.node_at(segments[:depth]) in tree.holes for depth in range(len(segments) + 1))
+    for node in found:
+        if top_of(node) in tree.layers and node not in tree.layers:
+            tree.stack_below(node, top_of(node))
 
 
 def _layers(tree: ParamTree, leaves: list[int], path: str, axis: int) -> int:
@@ -161,3 +379,28 @@ def _layers(tree: ParamTree, leaves: list[int], path: str, axis: int) -> int:
             "the axis or the nodes that are meant"
         )
     return next(iter(sizes))
+
+
+def tied_by_accident(tree: ParamTree, leaves: Sequence[Any], trains: Sequence[bool]) -> str | None:
+    """What to say of arrays that are one object, and will be two after the first step."""
+    seen: dict[int, int] = {}  # of an object -> its first leaf
+    tied: dict[int, list[str]] = {}  # first leaf -> paths
+    for leaf, array in enumerate(leaves):
+        if not isinstance(array, jax.Array | np.ndarray) or isinstance(array, jax.core.Tracer):
+            continue
+        first = seen.setdefault(id(array), leaf)
+        one, other = tree.places[first], tree.places[leaf]
+        is_told = one in tree.aliases.get(leaf, ())
+        if one is None or other is None or first == leaf or is_told:
+            continue
+        if trains[first] or trains[leaf]:
+            tied.setdefault(first, [tree.text(one)]).append(tree.text(other))
+    if not tied:
+        return None
+    group, *others = tied.values()
+    more = f" (and so are {len(others)} more groups)" if others else ""
+    return (
+        f"{listing(group, 3)} are one array{more}, but a tree of parameters keeps no ties: they "
+        "come apart at the first step, unless the model ties them again. If it does, say so: "
+        f"structure=lrmult.Structure(shared=[{group[:2]}])"
+    )

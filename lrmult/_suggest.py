@@ -23,7 +23,7 @@ from lrmult._patterns import (
 )
 from lrmult._positions import base_names, stems
 from lrmult._rules import Rule
-from lrmult._targets import show_target, whole_target
+from lrmult._targets import OfType, show_target, whole_target
 
 _MOST = 2
 _CUTOFF = 0.7
@@ -57,6 +57,11 @@ def explain_unmatched(rule: Rule, tree: ParamTree) -> str:
     elif isinstance(selector, re.Pattern):
         seen = f"the regular expression {shorten(selector.pattern)!r} matches no whole path"
         suggestions = _wider(selector, tree)
+    elif isinstance(selector, OfType):
+        if not selector.paths:
+            return "the model that it was given has nothing of that type"
+        some = listing(sorted(map("/".join, selector.paths)), 2)
+        return f"of what it names ({some}), nothing is in the tree"
     else:
         return (
             f"its predicate returned False for all {len(arrays)} arrays (the first is "

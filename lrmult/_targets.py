@@ -7,13 +7,14 @@ import hashlib
 import numbers
 import operator
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
 import jax
 import numpy as np
 
 from lrmult._errors import AxisError, LrmultError, MaskError, PatternError, shorten, show
+from lrmult._modules import Segments, type_of_members, walk
 from lrmult._patterns import (
     ANY_DEPTH,
     At,
@@ -28,7 +29,20 @@ from lrmult._patterns import (
 from lrmult._regions import Flags, Index, Region, Shape, factor
 
 Predicate: TypeAlias = Callable[[str, jax.ShapeDtypeStruct], bool]
-Selector: TypeAlias = Pattern | re.Pattern[str] | Predicate
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class OfType:
+    """The nodes of a model that are of some type, and all below them, by their paths."""
+
+    paths: frozenset[Segments]
+    text: str = dataclasses.field(compare=False)
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+Selector: TypeAlias = Pattern | re.Pattern[str] | Predicate | OfType
 # What users write: text, a tuple, an int, a slice, `...`, a compiled regular expression, a
 # predicate or a part; `EllipsisType` and `slice` in a union are of no help to anyone, hence `Any`.
 Target: TypeAlias = Any
@@ -224,6 +238,52 @@ def elements(target: Target, mask: Any) -> Part:
     return Part(target, Elements(found.shape, digest, region), text)
 
 
+def of_type(model: Any, kind: type | tuple[type, ...]) -> OfType:
+    """Name the arrays that belong to a type of variable, or to a class of module.
+
+    Args:
+        model: a module of NNX or Equinox, or an NNX state (which knows types of variables only).
+        kind: a type of NNX variable such as `flax.nnx.LoRAParam`, or a class of module such as
+            `flax.nnx.LayerNorm` or `equinox.nn.Linear`, of which all arrays are meant, those of
+            modules inside it too; or a tuple of some. Subclasses count.
+
+    Returns:
+        A target for a rule: the exact paths that were found in that model.
+
+    Raises:
+        PatternError: if `model` is no such model, or `kind` no such type. That nothing of the type
+            is there is an UnmatchedRuleError from `compile_rules`, as for any other target.
+
+    Example:
+        >>> import lrmult as lm
+        >>> from flax import nnx
+        >>> rngs = nnx.Rngs(0)
+        >>> model = nnx.Sequential(nnx.Linear(4, 4, rngs=rngs), nnx.LayerNorm(4, rngs=rngs))
+        >>> rules = [(lm.of_type(model, nnx.LayerNorm), 2), (..., None)]
+        >>> plan = lm.compile_rules(rules, nnx.state(model))
+        >>> [leaf.path for leaf in plan.leaves if leaf.trained]
+        ['layers/1/bias', 'layers/1/scale']
+    """
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    known = type_of_members()
+    names = " or ".join(getattr(each, "__name__", show(each)) for each in kinds)
+    for each in kinds:
+        if not isinstance(each, type) or not issubclass(each, known):
+            raise PatternError(
+                f"of_type(model, {names}): {show(each)} is neither a type of NNX variable nor a "
+                "class of NNX or Equinox modules; for parameters of other libraries write a "
+                "pattern, such as '**/LayerNorm_*'"
+            )
+    if not isinstance(model, (*known, Mapping)) or isinstance(model, type):
+        raise PatternError(
+            f"of_type({show(model)}, {names}): that is no module of NNX or Equinox; pass the model "
+            "itself (a parameter tree has forgotten what its arrays are of; those of Linen and "
+            "Haiku are told by their names: write a pattern, such as '**/LayerNorm_*')"
+        )
+    found = frozenset(path for path, value in walk(model) if isinstance(value, kinds))
+    return OfType(found, f"of_type({names})")
+
+
 @contextlib.contextmanager
 def _reading(function: str, target: Target, *arguments: Any) -> Iterator[None]:
     """Check a target, and name the call in errors."""
@@ -328,6 +388,8 @@ def whole_target(target: Target) -> Target:
 def _read_selector(target: Target) -> Selector:
     if isinstance(target, str):
         return parse(target)
+    if isinstance(target, OfType):
+        return target
     if target is ...:
         return Pattern((ANY_DEPTH,))
     if isinstance(target, tuple):
@@ -372,6 +434,8 @@ def show_target(target: Target) -> str:
     """Write a target as it stands in Python source, as far as it can be."""
     if target is ...:
         return "..."
+    if isinstance(target, OfType):
+        return target.text
     if isinstance(target, tuple):
         shown = [show_target(part) for part in target[:20]] + ["..."] * (len(target) > 20)
         return shorten(f"({', '.join(shown)}{',' * (len(target) == 1)})")

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import optax
 
+from lrmult._attached import check_covered
 from lrmult._paths import PyTree
 from lrmult._plan import cached_plan, warned
 from lrmult._rules import Rules, RulesLike
@@ -60,8 +61,9 @@ def scale_by_rules(
 
     Raises:
         LrmultError: at once if a rule cannot be read; from ``init`` and ``update`` what
-            `compile_rules` raises. ``update`` raises a MaskError, unless it is traced, if the masks
-            in its state are not those of the rules.
+            `compile_rules` raises. ``init`` raises a RuleError if it sees a multiplier that is
+            attached to an array (see `attach`) and no rule that speaks of it. ``update`` raises a
+            MaskError, unless it is traced, if the masks in its state are not those of the rules.
 
     Example:
         >>> import jax.numpy as jnp
@@ -82,7 +84,8 @@ def scale_by_rules(
     def init(params: PyTree) -> Any:
         # optax itself calls `init` with a placeholder that has no leaves: nothing to check there.
         if jax.tree.leaves(params):
-            warned(cached_plan(read, params, structure, strict))
+            warned(cached_plan(read, params, structure, strict), params)
+            check_covered(read, params, structure, strict)
         return running.init()
 
     def update(

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import optax
 
+from lrmult._attached import check_covered
 from lrmult._errors import RuleError, show
 from lrmult._paths import PyTree, entries
 from lrmult._plan import cached_plan, warned
@@ -83,8 +84,10 @@ def wrap(
 
     Raises:
         LrmultError: at once if a rule cannot be read; from ``init`` and ``update`` what
-            `compile_rules` raises. ``update`` raises a RuleError if its state was made for other
-            rules, as far as that shows: by which arrays train, or in the compact form by shapes.
+            `compile_rules` raises. ``init`` raises a RuleError if it sees a multiplier that is
+            attached to an array (see `attach`) and no rule that speaks of it; ``update`` if its
+            state was made for other rules, as far as that shows: by which arrays train, or in the
+            compact form by shapes.
 
     Example:
         >>> import jax
@@ -113,7 +116,8 @@ def wrap(
         # optax itself calls `init` with a placeholder that has no leaves.
         if jax.tree.leaves(params):
             seen = view(params, running.packed)
-            warned(seen.plan)
+            warned(seen.plan, params)
+            check_covered(read, params, structure, strict)
             params = seen.narrow(params)
         return WrapState(inner.init(params), running.init())
 

@@ -13,10 +13,12 @@ import lrmult as lm
 
 
 def block(width=4):
-    dense = {"kernel": jnp.ones((width, width)), "bias": jnp.ones(width)}
+    def dense():
+        return {"kernel": jnp.ones((width, width)), "bias": jnp.ones(width)}
+
     return {
-        "attn": dict.fromkeys(("query", "key", "value", "out"), dense),
-        "mlp": {"fc1": dense, "fc2": dense},
+        "attn": {name: dense() for name in ("query", "key", "value", "out")},
+        "mlp": {"fc1": dense(), "fc2": dense()},
         "norm": {"scale": jnp.ones(width), "bias": jnp.ones(width)},
     }
 
@@ -152,8 +154,8 @@ def test_holes_forgive_only_what_could_be_in_them():
 
 
 def test_a_none_in_a_module_forgives_no_typo():
-    layer = eqx.nn.Linear(2, 2, use_bias=False, key=jax.random.key(0))
-    params = {"layers": [layer, layer]}
+    keys = jax.random.split(jax.random.key(0))
+    params = {"layers": [eqx.nn.Linear(2, 2, use_bias=False, key=key) for key in keys]}
     for rules in (
         [("**/weigth", 1)],
         [("layers/**/weigth", 1)],

@@ -451,7 +451,7 @@ def test_a_stack_is_the_sequence_of_its_layers(tree, count, axis, data):
     # An empty array counts as one element, which all layers of a stack share.
     assume(all(leaf.leaf.ndim >= axis and leaf.leaf.size for leaf in leaves))
     stack = {"layers": with_axis(tree, axis, count)}
-    sequence = {f"layers_{number}": tree for number in range(count)}
+    sequence = {f"layers_{number}": jax.tree.map(np.copy, tree) for number in range(count)}
     pairs = [([], [])]
     for _ in range(data.draw(st.integers(1, 4))):
         target = data.draw(layer_targets(root, leaves))

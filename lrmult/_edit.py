@@ -1,0 +1,551 @@
+"""Parts of a parameter tree, read and written by the targets of rules."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lrmult._checks import mistakes
+from lrmult._claims import Matched
+from lrmult._errors import LrmultError, RuleError, UnmatchedRuleError, listing, shorten, show
+from lrmult._matching import find, match
+from lrmult._modules import is_module
+from lrmult._paths import (
+    ParamTree,
+    PyTree,
+    box_types,
+    children_of,
+    is_nnx_module,
+    loaded_nnx,
+    shape_and_dtype,
+)
+from lrmult._patterns import At, Indexed, Pattern, Span, escape
+from lrmult._regions import Flags, Index, Region
+from lrmult._rules import Rule, Rules
+from lrmult._structure import Structure, add_structure, read_structure, told_of_another
+from lrmult._structure_of import structure_of
+from lrmult._suggest import explain_unmatched
+from lrmult._targets import Elements, Target, is_wild, show_target
+
+Places: TypeAlias = int | list[int]
+
+
+def extract(params: PyTree, target: Target, *, structure: Structure | None = None) -> Any:
+    """Take out the part of a parameter tree that a target names.
+
+    Args:
+        params: a parameter tree, or a module of NNX or Equinox, which tells its own structure.
+        target: a target of a rule; see `Rules`.
+        structure: as for `compile_rules`.
+
+    Returns:
+        * for the name or the position of one node, what stands there: an array, a subtree, a
+          module;
+        * for what may name several (a wildcard, a slice, a regular expression, a predicate,
+          ``...``, `of_type`), a dict from paths to arrays, in the order of the tree;
+        * for a part (`rows`, `along`, `neurons`, `elements`, a layer of a stack), the sub-array; a
+          dict from paths to sub-arrays if it is part of several. They are indexed as by NumPy: in
+          the order of the index, an int drops its axis, and a mask gives a vector.
+
+    Raises:
+        UnmatchedRuleError: if the target names nothing.
+        LrmultError: all else that `compile_rules` raises for such a target.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import lrmult as lm
+        >>> params = {"fc": {"w": jnp.arange(6.0).reshape(3, 2), "b": jnp.zeros(2)}}
+        >>> print(lm.extract(params, lm.rows("fc/w", [2, 0])))
+        [[4. 5.]
+         [0. 1.]]
+        >>> lm.extract(params, "fc/b").shape
+        (2,)
+        >>> list(lm.extract(params, "**/w"))
+        ['fc/w']
+
+    The `NetExtract` of the Wolfram Language.
+    """
+    call = f"extract(params, {show_target(target)})"
+    view = _View(params, structure)
+    chosen = view.choose(target, call)
+    if chosen.node is not None:
+        return view.at(chosen.node)
+    found = {view.path(leaf): part.of(view.leaves[leaf]) for leaf, part in chosen.parts.items()}
+    return found if chosen.is_many else next(iter(found.values()))
+
+
+def replace(
+    params: PyTree, target: Target, value: Any, *, structure: Structure | None = None
+) -> Any:
+    """Set the part of a parameter tree that a target names.
+
+    What `extract` returns for a target is what may be put there: ``replace(params, target,
+    extract(params, target))`` changes nothing. Values are copied. Their shapes must be those of
+    what they replace, and they are cast to its dtypes, within a kind only (floats to floats,
+    integers to integers).
+
+    Args:
+        params: as for `extract`.
+        target: a target of a rule.
+        value: an array; for a node with several, a tree with the same paths below it; for what may
+            name several, a dict from each path to an array.
+        structure: as for `compile_rules`.
+
+    Returns:
+        The tree with the new values, or the module: one of NNX is changed in place, as by
+        `flax.nnx.update`, and returned; one of Equinox comes back new.
+
+    Raises:
+        UnmatchedRuleError: if the target names nothing.
+        RuleError: if shapes, dtypes or paths do not fit.
+        LrmultError: all else that `compile_rules` raises for such a target.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import lrmult as lm
+        >>> params = {"conv": {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}}
+        >>> params = lm.replace(params, "conv/kernel", jnp.eye(2))
+        >>> params = lm.replace(params, lm.rows("conv/bias", -1), 3.0)
+        >>> print(params["conv"]["kernel"], params["conv"]["bias"])
+        [[1. 0.]
+         [0. 1.]] [0. 3.]
+
+    The `NetReplacePart` of the Wolfram Language.
+    """
+    call = f"replace(params, {show_target(target)}, ...)"
+    view = _View(params, structure)
+    chosen = view.choose(target, call)
+    given = _given(view, chosen, value, call)
+    changes = {}
+    for leaf, part in chosen.parts.items():
+        array = view.leaves[leaf]
+        reason = _misfit(part.shape(array), array, given[leaf])
+        if reason:
+            raise RuleError(f"{call}: {view.show(leaf, part)} {reason}")
+        changes[leaf] = part.put(array, given[leaf])
+    return view.with_leaves(changes)
+
+
+def graft(
+    params: PyTree,
+    source: PyTree,
+    targets: Target = ...,
+    *,
+    structure: Structure | None = None,
+) -> tuple[Any, list[tuple[str, str]]]:
+    """Transplant what fits from one model into another: a trained trunk into a new net.
+
+    Every array of `params` that a target names is taken from the same path of `source`, if shapes
+    agree and dtypes are of one kind. What does not fit is left as it is, and told. So layers that
+    no target names come without their trained values.
+
+    Args:
+        params: where to put arrays; as for `extract`.
+        source: where to take them from: a tree or a module, or a dict from paths to arrays.
+        targets: a target of a rule, or a list of some; all arrays if it is left out.
+        structure: of `params`, as for `compile_rules`.
+
+    Returns:
+        The tree or module with the arrays of the source (a module of NNX is changed in place), and
+        what was left, in pairs of a path and a reason: arrays of `params` that kept their values,
+        and arrays of `source` that found no place.
+
+    Raises:
+        UnmatchedRuleError: if a target names nothing in `params`, or nothing of what it names there
+            is in `source`.
+        LrmultError: all else that `compile_rules` raises for such a target.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import lrmult as lm
+        >>> old = {"trunk": {"a": jnp.ones(2), "b": jnp.ones((2, 2))}, "head": jnp.ones(10)}
+        >>> new = {"trunk": {"a": jnp.zeros(2), "b": jnp.zeros((2, 3))}, "head": jnp.zeros(3)}
+        >>> new, left = lm.graft(new, old, "trunk")
+        >>> print(new["trunk"]["a"], left)
+        [1. 1.] [('trunk/b', 'float32[2,3] here, float32[2,2] in the source')]
+    """
+    view, donor = _View(params, structure), _View(source, told_of_another(structure))
+    changes: dict[int, Any] = {}
+    left: dict[str, str] = {}
+    for target in targets if isinstance(targets, list) else [targets]:
+        call = f"graft(params, source, {show_target(target)})"
+        chosen = view.choose(target, call)
+        beside = {leaf: donor.leaf_at(view.names(leaf)) for leaf in chosen.parts}
+        try:
+            offered, error = donor.choose(target, f"{call}, in the source").parts, None
+        except LrmultError as failed:
+            offered, error = {}, failed
+        if chosen.parts and set(beside.values()) == {None}:
+            example = shorten(view.path(next(iter(chosen.parts))))
+            nothing = (
+                f"{call}: the source has nothing at the paths that it names, such as {example!r}"
+            )
+            raise error or UnmatchedRuleError(nothing)
+        for leaf, part in chosen.parts.items():
+            path, known = view.path(leaf), beside[leaf]
+            if known is None:
+                left[path] = "not in the source"
+                continue
+            if error and not part.is_whole:
+                raise error
+            value = donor.leaves[known]
+            if not part.is_whole:
+                value = offered.get(known, _Part()).of(value)
+            array = changes.get(leaf, view.leaves[leaf])
+            if _misfit(part.shape(array), array, value):
+                here, there = _spec(part.shape(array), array), _spec(np.shape(value), value)
+                left[path] = f"{here} here, {there} in the source"
+            else:
+                changes[leaf] = part.put(array, value)
+        for known in offered:
+            if known not in beside.values() and view.leaf_at(donor.names(known)) is None:
+                left[donor.path(known)] = "only in the source"
+    return view.with_leaves(changes), list(left.items())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A part of an array.
+
+    Attributes:
+        places: by axis, the places along it; an int drops the axis.
+        mask: the elements, in place of that.
+    """
+
+    places: Mapping[int, Places] = dataclasses.field(default_factory=dict)
+    mask: Any = None
+
+    @property
+    def is_whole(self) -> bool:
+        return not self.places and self.mask is None
+
+    def shape(self, array: Any) -> tuple[int, ...]:
+        """The shape of the part."""
+        if self.mask is not None:
+            return (int(self.mask.sum()),)
+        sizes = [self.places.get(axis, [0] * size) for axis, size in enumerate(np.shape(array))]
+        return tuple(len(places) for places in sizes if not isinstance(places, int))
+
+    def of(self, array: Any) -> Any:
+        """The part of an array."""
+        if isinstance(array, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(self.shape(array), array.dtype)
+        if self.mask is not None:
+            return array[np.nonzero(self.mask)]
+        for axis in sorted(self.places, reverse=True):
+            places = self.places[axis]
+            index = places if isinstance(places, int) else np.array(places, np.intp)
+            array = array[(*[slice(None)] * axis, index)]
+        return array
+
+    def put(self, array: Any, value: Any) -> Any:
+        """The array with other values in the part."""
+        if self.is_whole:
+            return _like(array, value)
+        index: tuple[Any, ...]
+        if self.mask is not None:
+            index = np.nonzero(self.mask)
+        else:
+            lists = {axis: [p] if isinstance(p, int) else p for axis, p in self.places.items()}
+            sizes = [len(lists.get(axis, range(n))) for axis, n in enumerate(array.shape)]
+            value = jnp.reshape(value, sizes)
+            index = (*[slice(None)] * min(lists), np.array(lists[min(lists)], np.intp))
+            if len(lists) > 1:
+                index = np.ix_(*[lists.get(axis, range(n)) for axis, n in enumerate(array.shape)])
+        if isinstance(array, np.ndarray):
+            array = array.copy()
+            array[index] = value
+            return array
+        return _like(array, jnp.asarray(array).at[index].set(jnp.asarray(value, _dtype(array))))
+
+
+@dataclasses.dataclass
+class _Chosen:
+    """What a target names in a tree.
+
+    Attributes:
+        parts: the arrays, by leaf, each with what of it is meant.
+        is_many: whether the target may name several.
+        node: the one node that it names, if it does that.
+    """
+
+    parts: dict[int, _Part]
+    is_many: bool
+    node: int | None
+
+
+class _View:
+    """A tree or a module, as a target is resolved in it."""
+
+    def __init__(self, params: PyTree, structure: Structure | None) -> None:
+        structure = read_structure(structure)
+        if is_module(params):
+            structure = structure_of(params) | structure
+        self._given = params
+        self._state = loaded_nnx().state(params) if is_nnx_module(params) else params
+        self.leaves = jax.tree.leaves(self._state)
+        self._tree = ParamTree(self._state)
+        add_structure(self._tree, structure)
+
+    def choose(self, target: Target, call: str) -> _Chosen:
+        """Resolve a target.
+
+        Raises:
+            LrmultError: if that is a mistake; `call` is how messages name it.
+        """
+        tree = self._tree
+        try:
+            rules = Rules([Rule(target, 1.0)])
+            matches = match([rules[0].selector], tree)
+            matched = Matched(rules, tree, matches)
+            for _, error in mistakes(rules, tree, matches, matched, matched.claims()):
+                raise error
+            leaves = [leaf for leaf, row in enumerate(matched.rows) if row]
+            selector, restrictions = rules[0].selector, rules[0].restrictions
+            if not leaves and not (isinstance(selector, Pattern) and selector.is_everything):
+                raise UnmatchedRuleError(explain_unmatched(rules[0], tree))
+        except LrmultError as error:
+            raise type(error)(f"{call}: {error}") from error.__cause__
+        one = isinstance(selector, Pattern) and not is_wild(selector) and not _has_span(selector)
+        parts = {}
+        for leaf in leaves:
+            regions = matches.slices.get((leaf, 0), [])
+            parts[leaf] = self._part(leaf, regions, restrictions, matched, drop=one)
+        node = None
+        if one and isinstance(selector, Pattern) and all(part.is_whole for part in parts.values()):
+            [node] = find(selector, tree) if not restrictions else [None]
+        return _Chosen(parts, not one or len(parts) > 1, node)
+
+    def _part(
+        self,
+        leaf: int,
+        regions: Sequence[Region],
+        restrictions: Sequence[Any],
+        matched: Matched,
+        drop: bool,
+    ) -> _Part:
+        shape = self._tree.shapes[leaf]
+        places: dict[int, Places] = {}
+        mask = None
+        if len(regions) > 1:  # layers of stacks in stacks that are no rectangle
+            mask = functools.reduce(np.logical_or, [region.dense(shape) for region in regions])
+        elif regions:
+            for axis, vector in regions[0].vectors.items():
+                found = np.flatnonzero(vector).tolist()
+                places[axis] = found[0] if drop and len(found) == 1 else found
+        for restriction in restrictions:
+            if isinstance(restriction, Elements):
+                more = np.ones(shape, np.bool_)
+                if restriction.region is not None:
+                    more = restriction.region.dense(shape)
+                mask = more if mask is None else mask & more
+                continue
+            axis = matched.axis_of(leaf, restriction, 0)
+            places[axis] = _both(places.get(axis), _places(restriction.index, shape[axis]))
+        if mask is not None:
+            for axis, wanted in places.items():
+                vector = np.zeros(shape[axis], np.bool_)
+                vector[wanted] = True
+                mask = mask & vector.reshape([-1 if a == axis else 1 for a in range(len(shape))])
+            return _Part(mask=mask)
+        return _Part(places)
+
+    def at(self, node: int) -> Any:
+        """What stands at a node."""
+        for leaf, place in self._tree.arrays():
+            if node == place or node in self._tree.aliases.get(leaf, ()):
+                return self.leaves[leaf]
+        return _descend(self._given, tuple(self._tree.names[each] for each in self._line(node)))
+
+    def _line(self, node: int) -> list[int]:
+        return self._tree.line(node)[1:]
+
+    def names(self, leaf: int) -> tuple[str, ...]:
+        """The names along the path of an array."""
+        return tuple(self._tree.names[each] for each in self._line(self._tree.places[leaf] or 0))
+
+    def path(self, leaf: int) -> str:
+        """The path of an array."""
+        return self._tree.text(self._tree.places[leaf] or 0)
+
+    def below(self, node: int) -> dict[tuple[str, ...], int]:
+        """The arrays below a node, by the names on the way."""
+        depth = len(self._line(node))
+        return {
+            self.names(leaf)[depth:]: leaf
+            for leaf, place in self._tree.arrays()
+            if node in self._tree.line(place)
+        }
+
+    def names_of(self, path: Any) -> tuple[str, ...]:
+        """The names along the first path of the array that a path leads to."""
+        leaf = self._leaves_by_path.get(path)
+        return (str(path),) if leaf is None else self.names(leaf)
+
+    def leaf_at(self, names: tuple[str, ...]) -> int | None:
+        """The array at a path; None if there is none."""
+        return self._leaves_by_names.get(names)
+
+    @functools.cached_property
+    def _leaves_by_names(self) -> dict[tuple[str, ...], int]:
+        tree = self._tree
+        found = {self.names(leaf): leaf for leaf, _ in tree.arrays()}
+        for leaf, nodes in tree.aliases.items():
+            for node in nodes:
+                found.setdefault(tuple(tree.names[each] for each in self._line(node)), leaf)
+        return found
+
+    @functools.cached_property
+    def _leaves_by_path(self) -> dict[str, int]:
+        found = self._leaves_by_names.items()
+        return {"/".join(map(escape, names)): leaf for names, leaf in found}
+
+    def show(self, leaf: int, part: _Part) -> str:
+        """How a message shows a part of an array."""
+        seen = self._tree.show(leaf)
+        if part.is_whole:
+            return seen
+        return f"of {seen}, a part of shape {list(part.shape(self.leaves[leaf]))}"
+
+    def with_leaves(self, changes: Mapping[int, Any]) -> Any:
+        """The tree or module with other arrays."""
+        leaves = [changes.get(leaf, array) for leaf, array in enumerate(self.leaves)]
+        state = jax.tree.unflatten(jax.tree.structure(self._state), leaves)
+        if self._state is self._given:
+            return state
+        loaded_nnx().update(self._given, state)
+        return self._given
+
+
+def _given(view: _View, chosen: _Chosen, value: Any, call: str) -> dict[int, Any]:
+    """The new value of each array.
+
+    Raises:
+        RuleError: if it is not clear which is meant for which.
+    """
+    if isinstance(value, box_types()):
+        [value] = jax.tree.leaves(value) or [value]
+    is_tree = isinstance(value, Mapping) or is_module(value)
+    if len(chosen.parts) == 1 and not is_tree:
+        return {leaf: _as_array(value, view.leaves[leaf], call) for leaf in chosen.parts}
+    if chosen.node is not None:
+        wanted = view.below(chosen.node)
+        inside = _View(value, None)
+        given = {names: inside.leaves[leaf] for names, leaf in inside.below(0).items()}
+    else:
+        wanted = {view.names(leaf): leaf for leaf in chosen.parts}
+        given = {
+            view.names_of(path): each
+            for path, each in (value.items() if isinstance(value, Mapping) else ())
+        }
+    if wanted.keys() != given.keys():
+        missing, unknown = wanted.keys() - given.keys(), given.keys() - wanted.keys()
+        seen = [
+            f"{what} {listing(sorted(map('/'.join, names)), 3)}"
+            for what, names in (("nothing for", missing), ("no place for", unknown))
+            if names
+        ]
+        raise RuleError(
+            f"{call}: the value has {' and '.join(seen)}; pass what extract(params, "
+            f"{call.partition(', ')[2].removesuffix(', ...)')}) returns, with other numbers in it"
+        )
+    return {leaf: _as_array(given[path], view.leaves[leaf], call) for path, leaf in wanted.items()}
+
+
+def _as_array(value: Any, array: Any, call: str) -> Any:
+    """An array, or what is as good as one. Numbers without a dtype take that of the array.
+
+    Raises:
+        RuleError: if it is none.
+    """
+    if hasattr(value, "dtype"):
+        return value
+    try:
+        found = np.asarray(value)
+    except ValueError:
+        found = np.asarray(None)
+    if found.dtype.kind not in "biufc":
+        raise RuleError(f"{call}: {show(value)} is no array")
+    return found.astype(_dtype(array)) if found.dtype.kind in "iu" else found
+
+
+def _misfit(shape: tuple[int, ...], array: Any, value: Any) -> str | None:
+    """Why an array of some shape cannot take a value; None if it can."""
+    seen = f"cannot take {_spec(np.shape(value), value)}"
+    if np.shape(value) != shape:
+        return f"{seen}: shapes must agree"
+    if _kind(_dtype(array)) != _kind(_dtype(value)):
+        return f"{seen}: that is another kind of dtype; cast it first, as with x.astype(...)"
+    return None
+
+
+def _kind(dtype: Any) -> Any:
+    """What dtypes have in common that are cast into one another."""
+    kinds = {"float": jnp.floating, "int": jnp.integer, "complex": jnp.complexfloating}
+    for name, kind in kinds.items():
+        if jnp.issubdtype(dtype, kind):
+            return name
+    return "bool" if dtype == np.bool_ else dtype
+
+
+def _spec(shape: tuple[int, ...], array: Any) -> str:
+    return f"{_dtype(array)}[{','.join(map(str, shape))}]"
+
+
+def _dtype(array: Any) -> Any:
+    return shape_and_dtype(array)[1]
+
+
+def _like(array: Any, value: Any) -> Any:
+    """A copy of a value, with the dtype and in the place of an array."""
+    if isinstance(value, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(value.shape, _dtype(array))
+    if isinstance(array, np.ndarray | np.generic):
+        return np.array(value, _dtype(array))
+    copy = jnp.array(value, _dtype(array))
+    traced = any(isinstance(each, jax.core.Tracer) for each in (array, copy))
+    return (
+        copy if traced or not isinstance(array, jax.Array) else jax.device_put(copy, array.sharding)
+    )
+
+
+def _places(index: Index, size: int) -> Places:
+    """The places that an index means, in its order."""
+    if isinstance(index, Flags):
+        return np.flatnonzero(index.vector).tolist()
+    if isinstance(index, Span):
+        return list(range(size)[slice(*index)])
+    return index % size if isinstance(index, int) else [place % size for place in index]
+
+
+def _both(known: Places | None, more: Places) -> Places:
+    """The places that both mean, in the order of the first."""
+    if known is None:
+        return more
+    if isinstance(known, int) or isinstance(more, int):
+        return known if isinstance(known, int) else more
+    return [place for place in known if place in more]
+
+
+def _has_span(pattern: Pattern) -> bool:
+    return any(
+        isinstance(step, At | Indexed) and isinstance(step.position, Span) for step in pattern.steps
+    )
+
+
+def _descend(value: Any, names: tuple[str, ...]) -> Any:
+    """What stands at a path."""
+    while names:
+        inside = children_of(value)
+        for segments, child in inside.items():
+            if names[: len(segments)] == segments:
+                value, names = child, names[len(segments) :]
+                break
+        else:  # a key with a "/" in it, of which these are the first names
+            depth = len(names)
+            return {"/".join(s[depth:]): c for s, c in inside.items() if s[:depth] == names}
+    return value

@@ -1,0 +1,100 @@
+"""Modules of NNX and Equinox: what they hold, by name, in the order in which it was defined.
+
+No library is imported here: a model of one can only be there if it is imported already.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeAlias
+
+from lrmult._paths import loaded_nnx
+
+Segments: TypeAlias = tuple[str, ...]
+
+# The metadata of a variable or a field, and the attribute of an NNX module, that hold a multiplier.
+# The latter is named like NNX's own, so that the modules that are containers do not list it.
+METADATA = "lr_mult"
+ATTRIBUTE = "_pytree__lr_mult"
+
+
+def loaded_equinox() -> Any:
+    """`equinox`, if it is imported; None if not."""
+    return sys.modules.get("equinox")
+
+
+def is_module(value: Any) -> bool:
+    """Whether it is a module of NNX or Equinox."""
+    nnx, equinox = loaded_nnx(), loaded_equinox()
+    kinds = [library.Module for library in (nnx, equinox) if library is not None]
+    return isinstance(value, (*kinds,))
+
+
+def type_of_members() -> tuple[type, ...]:
+    """The base classes of modules and variables, of those libraries that are imported."""
+    nnx, equinox = loaded_nnx(), loaded_equinox()
+    found = [library.Module for library in (nnx, equinox) if library is not None]
+    return (*found, nnx.Variable) if nnx is not None else (*found,)
+
+
+def is_variable(value: Any) -> bool:
+    """Whether it is a variable of NNX."""
+    nnx = loaded_nnx()
+    return nnx is not None and isinstance(value, nnx.Variable)
+
+
+def members(value: Any) -> dict[str, Any]:
+    """What a module or a container holds, by name; nothing if it is neither."""
+    nnx, equinox = loaded_nnx(), loaded_equinox()
+    if nnx is not None and isinstance(value, nnx.List):
+        return {str(number): each for number, each in enumerate(value)}
+    if nnx is not None and isinstance(value, nnx.Pytree):
+        return {name: each for name, each in vars(value).items() if not _is_of_nnx(name)}
+    if equinox is not None and isinstance(value, equinox.Module):
+        names = [field for field in value.__dataclass_fields__ if hasattr(value, field)]
+        return {name: getattr(value, name) for name in names}
+    if isinstance(value, Mapping):
+        return {str(key): each for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        names = getattr(value, "_fields", [*map(str, range(len(value)))])
+        return dict(zip(names, value, strict=True))
+    return {}
+
+
+def walk(value: Any) -> Iterator[tuple[Segments, Any]]:
+    """All that a model holds, with its path: parents first, in the order of definition.
+
+    What it holds at several places is found at each of them.
+    """
+    return _walk((), value, frozenset())
+
+
+def _walk(path: Segments, value: Any, above: frozenset[int]) -> Iterator[tuple[Segments, Any]]:
+    yield path, value
+    if id(value) in above:  # a module that knows the one that holds it
+        return
+    for name, each in members(value).items():
+        yield from _walk((*path, *name.split("/")), each, above | {id(value)})
+
+
+def keeps_its_order(value: Any) -> bool:
+    """Whether the order in which `members` finds things is certainly that of their definition.
+
+    JAX sorts the keys of a dict, and NNX the attributes of a module whenever it takes it apart and
+    puts it together, as in `nnx.jit`, `nnx.grad` and `nnx.clone`. So those that stand in sorted
+    order may have stood otherwise. Of a module that has been put together, NNX's own attributes do
+    not stand where its class puts them, before all others; then nothing is known of any.
+    """
+    nnx = loaded_nnx()
+    if isinstance(value, Mapping):
+        return list(value) != sorted(value, key=str)
+    if nnx is None or not isinstance(value, nnx.Pytree) or isinstance(value, nnx.List):
+        return True
+    names = [name for name in vars(value) if name != ATTRIBUTE]
+    own = [name for name in names if _is_of_nnx(name)]
+    others = [name for name in names if not _is_of_nnx(name)]
+    is_as_built = len(own) < 2 or (names[: len(own)] == own and own != sorted(own))
+    return is_as_built and others != sorted(others)
+
+
+def _is_of_nnx(name: str) -> bool:
+    return name.startswith(("_pytree__", "_object__"))
