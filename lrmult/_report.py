@@ -66,7 +66,7 @@ def table(plan: Plan, tree: ParamTree) -> Any:
         lost = [records[leaf].path for leaf, rules in plan.overruled.items() if index in rules]
         if lost:
             notes.append(
-                Text(f"{name_rule(index, *rule)} lost {listing(lost)} to rules on other paths")
+                Text(f"{name_rule(index, *rule)} lost {listing(lost)} to a rule on another path")
             )
         elif index not in claiming:
             notes.append(Text(f"{name_rule(index, *rule)} claims nothing here"))

@@ -88,6 +88,11 @@ class Structure:
         )
 
     def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        # Plans are cached by it: every eager update asks for it.
         return hash((*map(frozenset, (self.order.items(), self.shared, self.stacked.items())),))
 
     def __reduce__(self) -> Any:
