@@ -279,9 +279,11 @@ class _Walk:
                     below = children[member]
                     self._resolved[below] = self._resolved.get(below, 0) | bit << 1
             if children.keys().isdisjoint(members):
+                others = [name for name in family.members.values() if name in children]
                 raise UnmatchedRuleError(
                     f"{show_position(position)} of {what} is {listing(members)}, which "
                     f"{'has' if len(members) == 1 else 'have'} no parameters here"
+                    + (f"; {listing(others, 4)} have some" if others else "")
                 )
         except UnknowablePositionError as error:
             self.errors.setdefault(rule, PositionError(str(error)))
@@ -356,10 +358,17 @@ class _Walk:
         if not children and not given:
             raise PositionError(self._childless(node))
         try:
-            return order_of(children, given, self.tree.text(node), self.tree.remedy)
+            path = self.tree.text(node)
+            remedy = self.tree.remedy.replace("{path}", repr(shorten(path)))
+            # Of the arrays of one layer alone, no model tells an order.
+            is_layer = node and not any(map(self._holds, children.values()))
+            return order_of(children, given, path, None if is_layer else remedy)
         except PositionError as error:
             error.node = node
             raise
+
+    def _holds(self, node: int) -> bool:
+        return bool(self.tree.children[node])
 
     def _childless(self, node: int) -> str:
         if not node:

@@ -146,7 +146,7 @@ def natural_order(children: Collection[str], node: str) -> Family | None:
 
 
 def order_of(
-    children: Collection[str], given: Sequence[str] | None, node: str, remedy: str
+    children: Collection[str], given: Sequence[str] | None, node: str, remedy: str | None
 ) -> Family:
     """All children in order: that of their numbers, else the one that is given.
 
@@ -154,7 +154,7 @@ def order_of(
         children: the names in the tree.
         given: the order that a structure gives, in which layers without parameters count.
         node: the path above them.
-        remedy: what to do where they have none.
+        remedy: what to do where they have none, other than to write their names.
 
     Raises:
         PositionError: if they have none.
@@ -173,7 +173,7 @@ def order_of(
     raise PositionError(
         f"the children {_below(node)} ({shown}) have unlike names, and a parameter tree's "
         "structure keeps no order for them (JAX sorts dict keys); write the names of those that "
-        f"you mean, or {remedy}"
+        "you mean" + (f", or {remedy}" if remedy else "")
     )
 
 

@@ -65,8 +65,9 @@ class Structure:
     order: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     shared: Sequence[Sequence[str]] = ()
     stacked: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    # The paths of nodes that were read from a model: a tree may hold a part of it only.
-    _read: frozenset[str] = dataclasses.field(default=frozenset(), repr=False, compare=False)
+    # The paths of which facts were read from a model: a tree may hold a part of it only. None if
+    # nothing was read.
+    _read: frozenset[str] | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         fields = {
@@ -80,12 +81,20 @@ class Structure:
     def __or__(self, other: "Structure") -> "Structure":
         if not isinstance(other, Structure):
             return NotImplemented
+        read = None
+        if self._read is not None or other._read is not None:
+            by_hand = {*other.order, *other.stacked} - (other._read or frozenset())
+            read = (self._read or frozenset()) - by_hand | (other._read or frozenset())
         return Structure(
             order={**self.order, **other.order},
             shared=(*self.shared, *other.shared),
             stacked={**self.stacked, **other.stacked},
-            _read=self._read | other._read,
+            _read=read,
         )
+
+    def is_read(self, path: str) -> bool:
+        """Whether what it says of a path was read from a model."""
+        return self._read is not None and path in self._read
 
     def __hash__(self) -> int:
         return self._hash
@@ -222,9 +231,9 @@ def add_structure(tree: ParamTree, structure: Structure) -> None:
         RuleError: if there is no such node.
         AxisError: if the arrays below a node are not all stacked along its axis.
     """
-    if structure._read:
+    if structure._read is not None:
         tree.remedy = (
-            "keep them in a list, or say their order: structure | lrmult.Structure(order={'path': "
+            "keep them in a list, or say their order: structure | lrmult.Structure(order={{path}: "
             "[...]}) (structure_of tells none where the attributes of an NNX module stand sorted, "
             "as nnx.jit leaves them)"
         )
@@ -248,7 +257,7 @@ def _node(tree: ParamTree, structure: Structure, path: str, fact: str, says: str
     """
     segments = _segments(path, fact)
     node = tree.node_at(segments)
-    if node is None and path not in structure._read and not _may_be_cut_out(tree, segments):
+    if node is None and not structure.is_read(path) and not _may_be_cut_out(tree, segments):
         known = [tree.text(each) for each in tree.nodes[1:]]
         near = difflib.get_close_matches(path, known, 1)
         raise RuleError(
@@ -304,12 +313,13 @@ def _put_in_order(tree: ParamTree, structure: Structure) -> None:
             continue
         left = tree.children[node].keys() - {*names}
         left = {name for name in left if tree.children[node][name] not in arrays}
-        if left and path not in structure._read:
+        if left and not structure.is_read(path):
             name = min(left)
+            where = f"of {shorten(path)!r}" if path else "at the root"
             near = difflib.get_close_matches(name, {*names} - tree.children[node].keys(), 1)
             meant = f"; is it {shorten(near[0])!r} there?" if near else "; name it too"
             raise RuleError(
-                f"structure= gives an order to the children of {shorten(path)!r} without "
+                f"structure= gives an order to the children {where} without "
                 f"{shorten(name)!r}{meant}"
             )
         tree.order[node] = tuple(names)
@@ -331,7 +341,7 @@ def _stack(tree: ParamTree, structure: Structure) -> None:
         """The uppermost node that has the layers of this one too."""
         path, axis = found[node]
         for above in tree.line(node):
-            same = path in structure._read or below.get(above) == below[node]
+            same = structure.is_read(path) or below.get(above) == below[node]
             if above in found and found[above][1] == axis and same:
                 return above
         return node
@@ -353,7 +363,7 @@ def _stack(tree: ParamTree, structure: Structure) -> None:
             try:
                 layers = _layers(tree, below[node], path, axis)
             except AxisError:
-                if path in structure._read:  # the tree holds more than the layers that told it
+                if structure.is_read(path):  # the tree holds more than the layers that told it
                     continue
                 raise
             tree.stack(node, axis, layers)
