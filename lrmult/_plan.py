@@ -221,13 +221,15 @@ def compile_rules(
 
     A rule that does nothing is a mistake, and an error: one that matches nothing, and one all of
     whose matches earlier rules have claimed. Passed over without an error are a closing ``...`` or
-    ``"**"``, rules marked with `optional`, and rules that could match inside a hole of the tree
-    (`optax.MaskedNode`, ``None``). A ``None`` in the field of a module is a hole of one array.
+    ``"**"``, rules marked with `optional`, rules that lost a shared array to one on another of its
+    paths, and rules that could match inside a hole of the tree (`optax.MaskedNode`, ``None``). A
+    ``None`` in the field of a module is a hole of one array. If one array stands at two leaves,
+    which come apart at the first step, there is a warning.
 
     Args:
         rules: see `Rules`.
         params: a pytree of arrays or of `jax.ShapeDtypeStruct`.
-        structure: what the tree does not tell; see `Structure`.
+        structure: what the tree does not tell; see `structure_of` and `Structure`.
         strict: if false, rules that match nothing or can never apply are warnings.
 
     Returns:

@@ -103,6 +103,7 @@ class Rules(Sequence[Rule]):
           it, and its `jax.ShapeDtypeStruct`. Its answers are cached, so it must depend on nothing
           else;
         * ``...`` or ``"**"``: everything;
+        * `of_type`: the arrays of a type of variable, or of a class of modules;
         * `neurons`, `rows`, `along`, `elements`: part of what another target names. The elements
           that a rule leaves go on to the next rules.
 

@@ -237,8 +237,9 @@ def add_structure(tree: ParamTree, structure: Structure) -> None:
             "[...]}) (structure_of tells none where the attributes of an NNX module stand sorted, "
             "as nnx.jit leaves them)"
         )
+    own = tree.nodes  # without those that only other paths of arrays lead to
     _share(tree, structure)
-    _put_in_order(tree, structure)
+    _put_in_order(tree, structure, own)
     _stack(tree, structure)
 
 
@@ -305,14 +306,17 @@ def _share(tree: ParamTree, structure: Structure) -> None:
             )
 
 
-def _put_in_order(tree: ParamTree, structure: Structure) -> None:
+def _put_in_order(tree: ParamTree, structure: Structure, own: range) -> None:
     arrays = {place for _, place in tree.arrays()} if structure.order else set()
     for path, names in structure.order.items():
         node = _node(tree, structure, path, "order", "the children of {} have an order")
         if node is None:
             continue
-        left = tree.children[node].keys() - {*names}
-        left = {name for name in left if tree.children[node][name] not in arrays}
+        left = {
+            name
+            for name, child in tree.children[node].items()
+            if name not in names and child in own and child not in arrays
+        }
         if left and not structure.is_read(path):
             name = min(left)
             where = f"of {shorten(path)!r}" if path else "at the root"

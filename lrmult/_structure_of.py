@@ -221,7 +221,7 @@ def _stacks(model: Any) -> dict[Segments, int]:
         fitting = {
             axis
             for axis in (set.intersection(*axes) if axes else ())
-            if len({(*shapes[each], *[None] * 9)[axis] for each in arrays}) == 1
+            if len({_size(shapes[each], axis) for each in arrays}) == 1
         }
         if fitting == {0, -1}:  # vectors alone
             fitting = {0}
@@ -237,6 +237,11 @@ def _stacks(model: Any) -> dict[Segments, int]:
         or (path and not any(path[:depth] in blocks for depth in range(len(path))))
         or not (path or blocks)
     }
+
+
+def _size(shape: tuple[int, ...], axis: int) -> int | tuple[int, ...]:
+    """The size along an axis; of arrays that do not have it, the whole shape, which is no size."""
+    return shape[axis] if -len(shape) <= axis < len(shape) else shape
 
 
 def _axes_beside(made_for: tuple[int, ...], seen: tuple[int, ...] | None) -> set[int]:
