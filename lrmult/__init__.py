@@ -1,9 +1,9 @@
 """Per-parameter learning-rate multipliers and freezing for JAX, by ordered rules.
 
-The names, in the order of their use: `paths` lists what rules may speak of and `structure_of` reads
+The names, in the order of use: `paths` lists what rules may speak of and `structure_of` reads
 what these do not tell, `Rules` holds what rules say, `compile_rules` makes a `Plan` of them, and
-`scale_by_rules` or `wrap` apply them after or around any optimizer. `extract`, `replace` and `graft`
-read and write parts of a model by the same paths.
+`scale_by_rules` or `wrap` apply them after or around any optimizer. `extract`, `replace` and
+`graft` read and write parts of a model by the same paths.
 """
 
 from lrmult._attached import attach, attached_rules

@@ -13,7 +13,7 @@ from lrmult._checks import mistakes
 from lrmult._claims import Matched
 from lrmult._errors import LrmultError, RuleError, UnmatchedRuleError, listing, shorten, show
 from lrmult._matching import find, match
-from lrmult._modules import is_module
+from lrmult._modules import is_module, members
 from lrmult._paths import (
     ParamTree,
     PyTree,
@@ -23,7 +23,7 @@ from lrmult._paths import (
     loaded_nnx,
     shape_and_dtype,
 )
-from lrmult._patterns import At, Indexed, Pattern, Span, escape
+from lrmult._patterns import At, Indexed, Pattern, Span
 from lrmult._regions import Flags, Index, Region
 from lrmult._rules import Rule, Rules
 from lrmult._structure import Structure, add_structure, read_structure, told_of_another
@@ -74,8 +74,9 @@ def extract(params: PyTree, target: Target, *, structure: Structure | None = Non
     chosen = view.choose(target, call)
     if chosen.node is not None:
         return view.at(chosen.node)
-    found = {view.path(leaf): part.of(view.leaves[leaf]) for leaf, part in chosen.parts.items()}
-    return found if chosen.is_many else next(iter(found.values()))
+    if chosen.leaf is not None:
+        return chosen.parts[chosen.leaf].of(view.leaves[chosen.leaf])
+    return {view.path(leaf): part.of(view.leaves[leaf]) for leaf, part in chosen.parts.items()}
 
 
 def replace(
@@ -121,12 +122,12 @@ def replace(
     chosen = view.choose(target, call)
     given = _given(view, chosen, value, call)
     changes = {}
-    for leaf, part in chosen.parts.items():
-        array = view.leaves[leaf]
-        reason = _misfit(part.shape(array), array, given[leaf])
+    for leaf, new in given.items():
+        array, part = view.leaves[leaf], chosen.parts[leaf]
+        reason = _misfit(part.shape(array), array, new)
         if reason:
             raise RuleError(f"{call}: {view.show(leaf, part)} {reason}")
-        changes[leaf] = part.put(array, given[leaf])
+        changes[leaf] = part.put(array, new)
     return view.with_leaves(changes)
 
 
@@ -174,7 +175,7 @@ def graft(
     for target in targets if isinstance(targets, list) else [targets]:
         call = f"graft(params, source, {show_target(target)})"
         chosen = view.choose(target, call)
-        beside = {leaf: donor.leaf_at(view.names(leaf)) for leaf in chosen.parts}
+        beside = {leaf: donor.first_of(view.all_names(leaf)) for leaf in chosen.parts}
         try:
             offered, error = donor.choose(target, f"{call}, in the source").parts, None
         except LrmultError as failed:
@@ -202,7 +203,7 @@ def graft(
             else:
                 changes[leaf] = part.put(array, value)
         for known in offered:
-            if known not in beside.values() and view.leaf_at(donor.names(known)) is None:
+            if known not in beside.values() and view.first_of(donor.all_names(known)) is None:
                 left[donor.path(known)] = "only in the source"
     return view.with_leaves(changes), list(left.items())
 
@@ -269,13 +270,14 @@ class _Chosen:
 
     Attributes:
         parts: the arrays, by leaf, each with what of it is meant.
-        is_many: whether the target may name several.
-        node: the one node that it names, if it does that.
+        leaf: the one array that it names, if it does that, or of which it names a part. That array
+            may be at several leaves.
+        node: the one node with arrays below that it names, if it does that.
     """
 
     parts: dict[int, _Part]
-    is_many: bool
-    node: int | None
+    leaf: int | None = None
+    node: int | None = None
 
 
 class _View:
@@ -315,10 +317,14 @@ class _View:
         for leaf in leaves:
             regions = matches.slices.get((leaf, 0), [])
             parts[leaf] = self._part(leaf, regions, restrictions, matched, drop=one)
-        node = None
-        if one and isinstance(selector, Pattern) and all(part.is_whole for part in parts.values()):
-            [node] = find(selector, tree) if not restrictions else [None]
-        return _Chosen(parts, not one or len(parts) > 1, node)
+        if not (one and isinstance(selector, Pattern)):
+            return _Chosen(parts)
+        [node] = find(selector, tree)
+        if node in self._ends:
+            return _Chosen(parts, leaf=self._ends[node])
+        if not restrictions and all(part.is_whole for part in parts.values()):
+            return _Chosen(parts, node=node)
+        return _Chosen(parts, leaf=leaves[0] if len(leaves) == 1 else None)
 
     def _part(
         self,
@@ -355,18 +361,27 @@ class _View:
         return _Part(places)
 
     def at(self, node: int) -> Any:
-        """What stands at a node."""
-        for leaf, place in self._tree.arrays():
-            if node == place or node in self._tree.aliases.get(leaf, ()):
-                return self.leaves[leaf]
-        return _descend(self._given, tuple(self._tree.names[each] for each in self._line(node)))
+        """What stands at a node with arrays below it."""
+        return _descend(self._given, self.names_at(node))
 
-    def _line(self, node: int) -> list[int]:
-        return self._tree.line(node)[1:]
+    @functools.cached_property
+    def _ends(self) -> dict[int, int]:
+        """The nodes at which arrays stand, and the leaf of each."""
+        aliases = self._tree.aliases.items()
+        found = {node: leaf for leaf, nodes in aliases for node in nodes}
+        return found | {place: leaf for leaf, place in self._tree.arrays()}
+
+    def names_at(self, node: int) -> tuple[str, ...]:
+        """The names along the path of a node."""
+        return tuple(self._tree.names[each] for each in self._tree.line(node)[1:])
 
     def names(self, leaf: int) -> tuple[str, ...]:
         """The names along the path of an array."""
-        return tuple(self._tree.names[each] for each in self._line(self._tree.places[leaf] or 0))
+        return self.names_at(self._tree.places[leaf] or 0)
+
+    def all_names(self, leaf: int) -> list[tuple[str, ...]]:
+        """The names along its path and along its other paths."""
+        return [self.names(leaf), *map(self.names_at, self._tree.aliases.get(leaf, ()))]
 
     def path(self, leaf: int) -> str:
         """The path of an array."""
@@ -374,35 +389,36 @@ class _View:
 
     def below(self, node: int) -> dict[tuple[str, ...], int]:
         """The arrays below a node, by the names on the way."""
-        depth = len(self._line(node))
+        depth = len(self.names_at(node))
         return {
-            self.names(leaf)[depth:]: leaf
-            for leaf, place in self._tree.arrays()
-            if node in self._tree.line(place)
+            self.names_at(end)[depth:]: leaf
+            for end, leaf in self._ends.items()
+            if node in self._tree.line(end)
         }
+
+    def is_there(self, names: tuple[str, ...]) -> bool:
+        """Whether an array stands at a path, or at another of its paths only."""
+        return self._tree.node_at(names) in self._tree.places
+
+    def mates(self, leaf: int) -> list[int]:
+        """The other leaves that hold the same array."""
+        return [
+            other for other, nodes in self._tree.aliases.items() if self._tree.places[leaf] in nodes
+        ]
 
     def names_of(self, path: Any) -> tuple[str, ...]:
         """The names along the first path of the array that a path leads to."""
         leaf = self._leaves_by_path.get(path)
         return (str(path),) if leaf is None else self.names(leaf)
 
-    def leaf_at(self, names: tuple[str, ...]) -> int | None:
-        """The array at a path; None if there is none."""
-        return self._leaves_by_names.get(names)
-
-    @functools.cached_property
-    def _leaves_by_names(self) -> dict[tuple[str, ...], int]:
-        tree = self._tree
-        found = {self.names(leaf): leaf for leaf, _ in tree.arrays()}
-        for leaf, nodes in tree.aliases.items():
-            for node in nodes:
-                found.setdefault(tuple(tree.names[each] for each in self._line(node)), leaf)
-        return found
+    def first_of(self, paths: Sequence[tuple[str, ...]]) -> int | None:
+        """The array at the first of some paths that leads to one; None if none does."""
+        nodes = map(self._tree.node_at, paths)
+        return next((self._ends[node] for node in nodes if node in self._ends), None)
 
     @functools.cached_property
     def _leaves_by_path(self) -> dict[str, int]:
-        found = self._leaves_by_names.items()
-        return {"/".join(map(escape, names)): leaf for names, leaf in found}
+        return {self._tree.text(end): leaf for end, leaf in self._ends.items()}
 
     def show(self, leaf: int, part: _Part) -> str:
         """How a message shows a part of an array."""
@@ -430,18 +446,20 @@ def _given(view: _View, chosen: _Chosen, value: Any, call: str) -> dict[int, Any
     if isinstance(value, box_types()):
         [value] = jax.tree.leaves(value) or [value]
     is_tree = isinstance(value, Mapping) or is_module(value)
-    if len(chosen.parts) == 1 and not is_tree:
+    if chosen.leaf is not None or (len(chosen.parts) == 1 and not is_tree):
         return {leaf: _as_array(value, view.leaves[leaf], call) for leaf in chosen.parts}
     if chosen.node is not None:
-        wanted = view.below(chosen.node)
         inside = _View(value, None)
         given = {names: inside.leaves[leaf] for names, leaf in inside.below(0).items()}
+        wanted = view.below(chosen.node)
+        # What another path leads to is in a module once more, but not in a tree.
+        for names in [*wanted]:
+            if names not in given and not view.is_there((*view.names_at(chosen.node), *names)):
+                del wanted[names]
     else:
+        entries = value.items() if isinstance(value, Mapping) else ()
+        given = {view.names_of(path): each for path, each in entries}
         wanted = {view.names(leaf): leaf for leaf in chosen.parts}
-        given = {
-            view.names_of(path): each
-            for path, each in (value.items() if isinstance(value, Mapping) else ())
-        }
     if wanted.keys() != given.keys():
         missing, unknown = wanted.keys() - given.keys(), given.keys() - wanted.keys()
         seen = [
@@ -453,7 +471,12 @@ def _given(view: _View, chosen: _Chosen, value: Any, call: str) -> dict[int, Any
             f"{call}: the value has {' and '.join(seen)}; pass what extract(params, "
             f"{call.partition(', ')[2].removesuffix(', ...)')}) returns, with other numbers in it"
         )
-    return {leaf: _as_array(given[path], view.leaves[leaf], call) for path, leaf in wanted.items()}
+    found = {
+        leaf: _as_array(given[names], view.leaves[leaf], call) for names, leaf in wanted.items()
+    }
+    for leaf in [*found]:
+        found = dict.fromkeys(view.mates(leaf), found[leaf]) | found
+    return found
 
 
 def _as_array(value: Any, array: Any, call: str) -> Any:
@@ -541,6 +564,8 @@ def _descend(value: Any, names: tuple[str, ...]) -> Any:
     """What stands at a path."""
     while names:
         inside = children_of(value)
+        if is_module(value):  # which may hold an array or a module that its tree has elsewhere
+            inside = {tuple(name.split("/")): each for name, each in members(value).items()}
         for segments, child in inside.items():
             if names[: len(segments)] == segments:
                 value, names = child, names[len(segments) :]

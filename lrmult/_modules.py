@@ -49,6 +49,8 @@ def members(value: Any) -> dict[str, Any]:
         return {str(number): each for number, each in enumerate(value)}
     if nnx is not None and isinstance(value, nnx.Pytree):
         return {name: each for name, each in vars(value).items() if not _is_of_nnx(name)}
+    if equinox is not None and isinstance(value, equinox.nn.Shared):
+        return {"pytree": restored(value), "where": value.where, "get": value.get}
     if equinox is not None and isinstance(value, equinox.Module):
         names = [field for field in value.__dataclass_fields__ if hasattr(value, field)]
         return {name: getattr(value, name) for name in names}
@@ -58,6 +60,14 @@ def members(value: Any) -> dict[str, Any]:
         names = getattr(value, "_fields", [*map(str, range(len(value)))])
         return dict(zip(names, value, strict=True))
     return {}
+
+
+def restored(shared: Any) -> Any:
+    """What `equinox.nn.Shared` holds, with what it has tied at all its places."""
+    try:
+        return shared()
+    except Exception:  # a function that computes something, of what is no array at the moment
+        return shared.pytree
 
 
 def walk(value: Any) -> Iterator[tuple[Segments, Any]]:

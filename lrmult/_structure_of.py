@@ -15,6 +15,7 @@ from lrmult._modules import (
     keeps_its_order,
     loaded_equinox,
     members,
+    restored,
     walk,
 )
 from lrmult._paths import entries, loaded_nnx
@@ -172,26 +173,11 @@ def _tied(path: Segments, value: Any) -> Iterator[list[Segments]]:
     equinox = loaded_equinox()
     if equinox is None or not isinstance(value, equinox.nn.Shared):
         return
-    # What its functions lead to shows in a copy in which every leaf is an object of its own. One
-    # that computes something, such as a transpose, fails there: that is no other path of the array.
-    leaves, treedef = jax.tree.flatten(value.pytree)
-    marked = jax.tree.unflatten(treedef, [_Mark() for _ in leaves])
-    try:
-        places, sources = value.where(marked), value.get(marked)
-    except Exception:
-        return
-    if isinstance(places, _Mark):
-        places, sources = [places], [sources]
-    known = {id(mark): names for names, mark in entries(marked).items()}
-    above = (*path, "pytree")
-    for place, source in zip(places, sources, strict=True):
-        for names, mark in entries(source).items():
-            if id(place) in known and id(mark) in known:
-                yield [(*above, *known[id(mark)]), (*above, *known[id(place)], *names)]
-
-
-class _Mark:
-    """Stands for a leaf."""
+    own = {id(each): names for names, each in entries(value.pytree).items()}
+    for names, each in walk(restored(value)):
+        place = own.get(id(each))
+        if _shape(each) is not None and place not in (None, names):
+            yield [(*path, "pytree", *place), (*path, "pytree", *names)]
 
 
 def _stacks(model: Any) -> dict[Segments, int]:
