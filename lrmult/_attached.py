@@ -5,6 +5,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any, TypeVar, cast
 
+import jax
+
 from lrmult._errors import LrmultError, MultiplierError, RuleError, shorten, show
 from lrmult._modules import (
     ATTRIBUTE,
@@ -13,10 +15,12 @@ from lrmult._modules import (
     is_module,
     is_variable,
     loaded_equinox,
+    shared_below,
+    shared_variables,
     walk,
 )
 from lrmult._multipliers import Multiplier, is_array, read_multiplier, show_multiplier
-from lrmult._paths import PyTree, is_nnx_module
+from lrmult._paths import PyTree, box_types, is_nnx_module
 from lrmult._patterns import escape
 from lrmult._plan import cached_plan
 from lrmult._rules import Rule, Rules
@@ -75,7 +79,8 @@ def attach(target: T, multiplier: Any) -> T:
             "multiplier in its class, as in weight: Array = eqx.field(metadata={'lr_mult': 0.1}), "
             "or write a rule"
         )
-    if isinstance(target, type) or not callable(target) or _is_linen(target):
+    is_tree = not jax.tree_util.all_leaves([target])  # as a module that can be called is
+    if isinstance(target, type) or not callable(target) or is_tree or _is_linen(target):
         raise RuleError(
             f"nothing can be attached to {show(target)}; pass a module or a variable of NNX, or an "
             "initializer for Linen, as in nn.Dense(4, kernel_init=lrmult.attach(init, 0.1))"
@@ -88,10 +93,7 @@ def _boxing(initializer: Any, multiplier: Multiplier) -> Any:
     def init(*args: Any, **kwargs: Any) -> Any:
         from lrmult._linen import Attached
 
-        value = initializer(*args, **kwargs)
-        if isinstance(value, Attached):  # attached anew
-            value = value.value
-        return Attached(value=value, lr_mult=multiplier)
+        return Attached.around(initializer(*args, **kwargs), multiplier)
 
     return init
 
@@ -171,11 +173,9 @@ def _attached(model: Any) -> Iterator[tuple[Segments, Multiplier, list[Segments]
     An array that is shared may stand below what carries a multiplier, and have another path.
     """
     equinox = loaded_equinox()
-    shared: dict[int, list[Segments]] = {}
     found: list[tuple[Segments, Any]] = []
     for path, value in walk(model):
         if is_variable(value):
-            shared.setdefault(id(value), []).append(path)
             metadata = value.get_metadata()
             if METADATA in metadata:
                 found.append((path, metadata[METADATA]))
@@ -187,25 +187,20 @@ def _attached(model: Any) -> Iterator[tuple[Segments, Multiplier, list[Segments]
                 if METADATA in field.metadata:
                     found.append(((*path, name), field.metadata[METADATA]))
         else:
-            found += [(path, box.lr_mult) for box in _boxes(value)]
-    groups = [paths for paths in shared.values() if len(paths) > 1]
+            found += [(path, multiplier) for multiplier in _in_boxes(value)]
+    groups = shared_variables(model) if found else []
     for path, multiplier in found:
-        others = [
-            other
-            for paths in groups
-            if any(each[: len(path)] == path for each in paths)
-            for other in paths
-            if other[: len(path)] != path
-        ]
+        others = [other for other in shared_below(path, groups) if other[: len(path)] != path]
         yield path, _read(multiplier, f"what is attached at {'/'.join(path)!r}"), others
 
 
-def _boxes(value: Any) -> Iterator[Any]:
-    """The boxes of Linen around an array that carry a multiplier, the outermost first."""
-    meta = sys.modules.get("flax.core.meta")
-    while meta is not None and isinstance(value, meta.AxisMetadata):
-        if hasattr(value, METADATA):
-            yield value
+def _in_boxes(value: Any) -> Iterator[Any]:
+    """The multiplier that a box of Linen around an array carries, if there is one."""
+    while isinstance(value, box_types()):
+        # What came from NNX by way of its bridge has the metadata of a variable.
+        carried = getattr(value, "metadata", None) or vars(value)
+        if METADATA in carried:
+            yield carried[METADATA]
             return
         value = getattr(value, "value", None)
 

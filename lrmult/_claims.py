@@ -290,8 +290,8 @@ def _empty(rule: Rule, array: str) -> UnmatchedRuleError:
     masks = [each for each in rule.restrictions if isinstance(each, Elements)]
     if any(mask.region is None for mask in masks):
         return UnmatchedRuleError(
-            f"its mask is false everywhere, so it names nothing in {array}; remove the rule, or "
-            "mark it with lrmult.optional if that may happen"
+            f"its mask is false everywhere, so it names nothing in {array}; write another, or "
+            "it out"
         )
     return UnmatchedRuleError(
         f"the parts that it names have no element of {array} in common; a part of a part is what "

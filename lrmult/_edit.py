@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import numpy as np
 
 from lrmult._checks import mistakes
 from lrmult._claims import Matched
-from lrmult._errors import LrmultError, RuleError, UnmatchedRuleError, listing, shorten, show
+from lrmult._errors import LrmultError, RuleError, UnmatchedRuleError, listing, show
 from lrmult._matching import find, match
 from lrmult._modules import is_module, members
 from lrmult._paths import (
@@ -19,19 +20,24 @@ from lrmult._paths import (
     PyTree,
     box_types,
     children_of,
+    is_array,
     is_nnx_module,
     loaded_nnx,
-    shape_and_dtype,
 )
 from lrmult._patterns import At, Indexed, Pattern, Span
-from lrmult._regions import Flags, Index, Region
+from lrmult._regions import Flags, Index
 from lrmult._rules import Rule, Rules
-from lrmult._structure import Structure, add_structure, read_structure, told_of_another
+from lrmult._structure import (
+    Structure,
+    add_structure,
+    literal_path,
+    read_structure,
+    told_of_another,
+)
 from lrmult._structure_of import structure_of
+from lrmult._subarrays import Places, SubArray, dtype_of, kind_of, spec
 from lrmult._suggest import explain_unmatched
 from lrmult._targets import Elements, Target, is_wild, show_target
-
-Places: TypeAlias = int | list[int]
 
 
 def extract(params: PyTree, target: Target, *, structure: Structure | None = None) -> Any:
@@ -124,7 +130,7 @@ def replace(
     changes = {}
     for leaf, new in given.items():
         array, part = view.leaves[leaf], chosen.parts[leaf]
-        reason = _misfit(part.shape(array), array, new)
+        reason = part.misfit(array, new)
         if reason:
             raise RuleError(f"{call}: {view.show(leaf, part)} {reason}")
         changes[leaf] = part.put(array, new)
@@ -169,7 +175,7 @@ def graft(
         >>> print(new["trunk"]["a"], left)
         [1. 1.] [('trunk/b', 'float32[2,3] here, float32[2,2] in the source')]
     """
-    view, donor = _View(params, structure), _View(source, told_of_another(structure))
+    view, donor = _View(params, structure), _View(_unescaped(source), told_of_another(structure))
     changes: dict[int, Any] = {}
     left: dict[str, str] = {}
     for target in targets if isinstance(targets, list) else [targets]:
@@ -181,11 +187,8 @@ def graft(
         except LrmultError as failed:
             offered, error = {}, failed
         if chosen.parts and set(beside.values()) == {None}:
-            example = shorten(view.path(next(iter(chosen.parts))))
-            nothing = (
-                f"{call}: the source has nothing at the paths that it names, such as {example!r}"
-            )
-            raise error or UnmatchedRuleError(nothing)
+            example = view.path(next(iter(chosen.parts)))
+            raise UnmatchedRuleError(f"{call}: in the source, {donor.why_not(example)}")
         for leaf, part in chosen.parts.items():
             path, known = view.path(leaf), beside[leaf]
             if known is None:
@@ -195,73 +198,21 @@ def graft(
                 raise error
             value = donor.leaves[known]
             if not part.is_whole:
-                value = offered.get(known, _Part()).of(value)
+                value = offered.get(known, SubArray()).of(value)
             array = changes.get(leaf, view.leaves[leaf])
-            if _misfit(part.shape(array), array, value):
-                here, there = _spec(part.shape(array), array), _spec(np.shape(value), value)
-                left[path] = f"{here} here, {there} in the source"
+            if isinstance(value, jax.ShapeDtypeStruct) > isinstance(array, jax.ShapeDtypeStruct):
+                raise RuleError(
+                    f"{call}: in the source, {path!r} is a ShapeDtypeStruct, which has no numbers"
+                )
+            if part.misfit(array, value):
+                here = spec(part.shape(array), dtype_of(array))
+                left[path] = f"{here} here, {spec(np.shape(value), dtype_of(value))} in the source"
             else:
                 changes[leaf] = part.put(array, value)
         for known in offered:
             if known not in beside.values() and view.first_of(donor.all_names(known)) is None:
                 left[donor.path(known)] = "only in the source"
     return view.with_leaves(changes), list(left.items())
-
-
-@dataclasses.dataclass(frozen=True)
-class _Part:
-    """A part of an array.
-
-    Attributes:
-        places: by axis, the places along it; an int drops the axis.
-        mask: the elements, in place of that.
-    """
-
-    places: Mapping[int, Places] = dataclasses.field(default_factory=dict)
-    mask: Any = None
-
-    @property
-    def is_whole(self) -> bool:
-        return not self.places and self.mask is None
-
-    def shape(self, array: Any) -> tuple[int, ...]:
-        """The shape of the part."""
-        if self.mask is not None:
-            return (int(self.mask.sum()),)
-        sizes = [self.places.get(axis, [0] * size) for axis, size in enumerate(np.shape(array))]
-        return tuple(len(places) for places in sizes if not isinstance(places, int))
-
-    def of(self, array: Any) -> Any:
-        """The part of an array."""
-        if isinstance(array, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct(self.shape(array), array.dtype)
-        if self.mask is not None:
-            return array[np.nonzero(self.mask)]
-        for axis in sorted(self.places, reverse=True):
-            places = self.places[axis]
-            index = places if isinstance(places, int) else np.array(places, np.intp)
-            array = array[(*[slice(None)] * axis, index)]
-        return array
-
-    def put(self, array: Any, value: Any) -> Any:
-        """The array with other values in the part."""
-        if self.is_whole:
-            return _like(array, value)
-        index: tuple[Any, ...]
-        if self.mask is not None:
-            index = np.nonzero(self.mask)
-        else:
-            lists = {axis: [p] if isinstance(p, int) else p for axis, p in self.places.items()}
-            sizes = [len(lists.get(axis, range(n))) for axis, n in enumerate(array.shape)]
-            value = jnp.reshape(value, sizes)
-            index = (*[slice(None)] * min(lists), np.array(lists[min(lists)], np.intp))
-            if len(lists) > 1:
-                index = np.ix_(*[lists.get(axis, range(n)) for axis, n in enumerate(array.shape)])
-        if isinstance(array, np.ndarray):
-            array = array.copy()
-            array[index] = value
-            return array
-        return _like(array, jnp.asarray(array).at[index].set(jnp.asarray(value, _dtype(array))))
 
 
 @dataclasses.dataclass
@@ -275,7 +226,7 @@ class _Chosen:
         node: the one node with arrays below that it names, if it does that.
     """
 
-    parts: dict[int, _Part]
+    parts: dict[int, SubArray]
     leaf: int | None = None
     node: int | None = None
 
@@ -312,37 +263,62 @@ class _View:
                 raise UnmatchedRuleError(explain_unmatched(rules[0], tree))
         except LrmultError as error:
             raise type(error)(f"{call}: {error}") from error.__cause__
-        one = isinstance(selector, Pattern) and not is_wild(selector) and not _has_span(selector)
-        parts = {}
-        for leaf in leaves:
-            regions = matches.slices.get((leaf, 0), [])
-            parts[leaf] = self._part(leaf, regions, restrictions, matched, drop=one)
-        if not (one and isinstance(selector, Pattern)):
+        nodes = find(selector, tree) if isinstance(selector, Pattern) else []
+        has_span = isinstance(selector, Pattern) and _has_span(selector)
+        parts = {
+            leaf: self._part(leaf, self._layers(leaf, nodes), restrictions, matched, has_span)
+            for leaf in leaves
+        }
+        if not nodes or is_wild(selector) or has_span:
             return _Chosen(parts)
-        [node] = find(selector, tree)
+        [node] = nodes
         if node in self._ends:
             return _Chosen(parts, leaf=self._ends[node])
-        if not restrictions and all(part.is_whole for part in parts.values()):
+        is_there = is_module(self._given) or any(node in tree.line(p) for _, p in tree.arrays())
+        if not restrictions and is_there and all(part.is_whole for part in parts.values()):
             return _Chosen(parts, node=node)
         return _Chosen(parts, leaf=leaves[0] if len(leaves) == 1 else None)
+
+    def _layers(self, leaf: int, nodes: Sequence[int]) -> list[dict[int, int]]:
+        """The layers of stacks that some nodes stand for, of an array; none if it is all of it.
+
+        Each is an index for some of its axes.
+        """
+        tree = self._tree
+        copies = tree.slices.get(leaf, {})
+        line = tree.line(tree.places[leaf] or 0)
+        if not copies or any(node in line for node in nodes):
+            return []
+        found = []
+        for node in nodes:
+            inside = [set(at.items()) for copy, at in copies.items() if node in tree.line(copy)]
+            if inside:
+                found.append(dict(set.intersection(*inside)))
+        return found
 
     def _part(
         self,
         leaf: int,
-        regions: Sequence[Region],
+        layers: Sequence[Mapping[int, int]],
         restrictions: Sequence[Any],
         matched: Matched,
-        drop: bool,
-    ) -> _Part:
+        has_span: bool,
+    ) -> SubArray:
         shape = self._tree.shapes[leaf]
         places: dict[int, Places] = {}
         mask = None
-        if len(regions) > 1:  # layers of stacks in stacks that are no rectangle
-            mask = functools.reduce(np.logical_or, [region.dense(shape) for region in regions])
-        elif regions:
-            for axis, vector in regions[0].vectors.items():
-                found = np.flatnonzero(vector).tolist()
-                places[axis] = found[0] if drop and len(found) == 1 else found
+        if layers:
+            at = {axis: sorted({each.get(axis, -1) for each in layers}) for axis in layers[0]}
+            if len(layers) == math.prod(map(len, at.values())) and not any(
+                -1 in p for p in at.values()
+            ):
+                places = {
+                    axis: p[0] if len(p) == 1 and not has_span else p for axis, p in at.items()
+                }
+            else:  # layers of stacks in stacks that are no rectangle
+                mask = np.zeros(shape, np.bool_)
+                for each in layers:
+                    mask[tuple(each.get(axis, slice(None)) for axis in range(len(shape)))] = True
         for restriction in restrictions:
             if isinstance(restriction, Elements):
                 more = np.ones(shape, np.bool_)
@@ -357,8 +333,12 @@ class _View:
                 vector = np.zeros(shape[axis], np.bool_)
                 vector[wanted] = True
                 mask = mask & vector.reshape([-1 if a == axis else 1 for a in range(len(shape))])
-            return _Part(mask=mask)
-        return _Part(places)
+            return SubArray(mask=mask)
+        return SubArray(places)
+
+    def why_not(self, path: str) -> str:
+        """Why a path leads to nothing."""
+        return explain_unmatched(Rule(path, 1.0), self._tree) if path else "it is no bare array"
 
     def at(self, node: int) -> Any:
         """What stands at a node with arrays below it."""
@@ -420,7 +400,7 @@ class _View:
     def _leaves_by_path(self) -> dict[str, int]:
         return {self._tree.text(end): leaf for end, leaf in self._ends.items()}
 
-    def show(self, leaf: int, part: _Part) -> str:
+    def show(self, leaf: int, part: SubArray) -> str:
         """How a message shows a part of an array."""
         seen = self._tree.show(leaf)
         if part.is_whole:
@@ -445,9 +425,15 @@ def _given(view: _View, chosen: _Chosen, value: Any, call: str) -> dict[int, Any
     """
     if isinstance(value, box_types()):
         [value] = jax.tree.leaves(value) or [value]
-    is_tree = isinstance(value, Mapping) or is_module(value)
-    if chosen.leaf is not None or (len(chosen.parts) == 1 and not is_tree):
+    is_one = is_array(value)
+    if chosen.leaf is not None:
         return {leaf: _as_array(value, view.leaves[leaf], call) for leaf in chosen.parts}
+    if is_one and len(chosen.parts) > 1:
+        raise RuleError(
+            f"{call}: the value is one array, and there are {len(chosen.parts)} to be set: "
+            f"{listing(map(view.path, chosen.parts), 3)}"
+        )
+    given: dict[tuple[str, ...], Any] = {}
     if chosen.node is not None:
         inside = _View(value, None)
         given = {names: inside.leaves[leaf] for names, leaf in inside.below(0).items()}
@@ -457,9 +443,11 @@ def _given(view: _View, chosen: _Chosen, value: Any, call: str) -> dict[int, Any
             if names not in given and not view.is_there((*view.names_at(chosen.node), *names)):
                 del wanted[names]
     else:
-        entries = value.items() if isinstance(value, Mapping) else ()
-        given = {view.names_of(path): each for path, each in entries}
         wanted = {view.names(leaf): leaf for leaf in chosen.parts}
+        if isinstance(value, Mapping):
+            given = {view.names_of(path): each for path, each in value.items()}
+    if wanted.keys() != given.keys() and len(chosen.parts) == 1 and not isinstance(value, Mapping):
+        return {leaf: _as_array(value, view.leaves[leaf], call) for leaf in chosen.parts}
     if wanted.keys() != given.keys():
         missing, unknown = wanted.keys() - given.keys(), given.keys() - wanted.keys()
         seen = [
@@ -480,60 +468,34 @@ def _given(view: _View, chosen: _Chosen, value: Any, call: str) -> dict[int, Any
 
 
 def _as_array(value: Any, array: Any, call: str) -> Any:
-    """An array, or what is as good as one. Numbers without a dtype take that of the array.
+    """An array, or what is as good as one. Integers without a dtype take that of the array.
 
     Raises:
         RuleError: if it is none.
     """
-    if hasattr(value, "dtype"):
+    if hasattr(value, "shape") and is_array(value):
         return value
     try:
         found = np.asarray(value)
-    except ValueError:
+    except jax.errors.TracerArrayConversionError:
+        return jnp.asarray(value)
+    except (TypeError, ValueError):
         found = np.asarray(None)
     if found.dtype.kind not in "biufc":
         raise RuleError(f"{call}: {show(value)} is no array")
-    return found.astype(_dtype(array)) if found.dtype.kind in "iu" else found
-
-
-def _misfit(shape: tuple[int, ...], array: Any, value: Any) -> str | None:
-    """Why an array of some shape cannot take a value; None if it can."""
-    seen = f"cannot take {_spec(np.shape(value), value)}"
-    if np.shape(value) != shape:
-        return f"{seen}: shapes must agree"
-    if _kind(_dtype(array)) != _kind(_dtype(value)):
-        return f"{seen}: that is another kind of dtype; cast it first, as with x.astype(...)"
-    return None
-
-
-def _kind(dtype: Any) -> Any:
-    """What dtypes have in common that are cast into one another."""
-    kinds = {"float": jnp.floating, "int": jnp.integer, "complex": jnp.complexfloating}
-    for name, kind in kinds.items():
-        if jnp.issubdtype(dtype, kind):
-            return name
-    return "bool" if dtype == np.bool_ else dtype
-
-
-def _spec(shape: tuple[int, ...], array: Any) -> str:
-    return f"{_dtype(array)}[{','.join(map(str, shape))}]"
-
-
-def _dtype(array: Any) -> Any:
-    return shape_and_dtype(array)[1]
-
-
-def _like(array: Any, value: Any) -> Any:
-    """A copy of a value, with the dtype and in the place of an array."""
-    if isinstance(value, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(value.shape, _dtype(array))
-    if isinstance(array, np.ndarray | np.generic):
-        return np.array(value, _dtype(array))
-    copy = jnp.array(value, _dtype(array))
-    traced = any(isinstance(each, jax.core.Tracer) for each in (array, copy))
-    return (
-        copy if traced or not isinstance(array, jax.Array) else jax.device_put(copy, array.sharding)
+    dtype = dtype_of(array)
+    fits = kind_of(dtype) in ("float", "complex") or (
+        kind_of(dtype) == "int" and bool(np.all(found == found.astype(dtype)))
     )
+    return found.astype(dtype) if found.dtype.kind in "iu" and fits else found
+
+
+def _unescaped(source: PyTree) -> PyTree:
+    """A dict from paths to arrays as a tree: in its keys, names stand as rules write them."""
+    if not isinstance(source, dict) or not any("\\" in str(key) for key in source):
+        return source
+    names = {key: literal_path(str(key)) for key in source}
+    return {"/".join(names[key] or (str(key),)): value for key, value in source.items()}
 
 
 def _places(index: Index, size: int) -> Places:
@@ -561,16 +523,30 @@ def _has_span(pattern: Pattern) -> bool:
 
 
 def _descend(value: Any, names: tuple[str, ...]) -> Any:
-    """What stands at a path."""
-    while names:
-        inside = children_of(value)
-        if is_module(value):  # which may hold an array or a module that its tree has elsewhere
-            inside = {tuple(name.split("/")): each for name, each in members(value).items()}
-        for segments, child in inside.items():
-            if names[: len(segments)] == segments:
-                value, names = child, names[len(segments) :]
-                break
-        else:  # a key with a "/" in it, of which these are the first names
-            depth = len(names)
-            return {"/".join(s[depth:]): c for s, c in inside.items() if s[:depth] == names}
-    return value
+    """What stands at a path; a dict, where that is within a key, or within several."""
+    found = list(_stand(value, names))
+    if len(found) == 1 and not found[0][0]:
+        return found[0][1]
+    merged = {}
+    for rest, each in found:
+        inside = {rest: each} if rest else _inside(each)
+        merged.update({"/".join(segments): child for segments, child in inside.items()})
+    return merged
+
+
+def _stand(value: Any, names: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """All that a path leads to or into, with what is left of its key."""
+    if not names:
+        yield (), value
+        return
+    for segments, child in _inside(value).items():
+        if names[: len(segments)] == segments:
+            yield from _stand(child, names[len(segments) :])
+        elif segments[: len(names)] == names:
+            yield segments[len(names) :], child
+
+
+def _inside(value: Any) -> dict[tuple[str, ...], Any]:
+    if is_module(value):  # which may hold an array or a module that its tree has elsewhere
+        return {tuple(name.split("/")): each for name, each in members(value).items()}
+    return children_of(value)

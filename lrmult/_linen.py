@@ -23,6 +23,20 @@ class Attached(flax.struct.PyTreeNode, meta.AxisMetadata[Any]):  # type: ignore[
     value: Any
     lr_mult: Multiplier = flax.struct.field(pytree_node=False)  # type: ignore[no-untyped-call]
 
+    @classmethod
+    def around(cls, value: Any, lr_mult: Multiplier) -> Any:
+        """Box the array in a value; boxes that it is in already stand outside."""
+        return jax.tree.map(
+            lambda leaf: cls(value=leaf.value if isinstance(leaf, cls) else leaf, lr_mult=lr_mult),
+            value,
+            is_leaf=lambda node: isinstance(node, cls),
+        )
+
+    @classmethod
+    def from_nnx_metadata(cls, metadata: dict[str, Any]) -> "Attached":
+        """Make it of a variable of `flax.nnx.bridge`."""
+        return cls(value=metadata["value"], lr_mult=metadata["lr_mult"])
+
     def unbox(self) -> Any:
         return self.value
 
@@ -30,14 +44,17 @@ class Attached(flax.struct.PyTreeNode, meta.AxisMetadata[Any]):  # type: ignore[
         return self.replace(value=val)
 
     def add_axis(self, index: int, params: dict[Any, Any]) -> "Attached":
-        return self.replace_boxed(meta.add_axis(self.value, index, params))
-
-    def get_partition_spec(self) -> Any:
-        """What `flax.linen.get_partition_spec` says of the array inside."""
-        return meta.get_partition_spec(self.value)
+        return self
 
     def remove_axis(self, index: int, params: dict[Any, Any]) -> "Attached":
-        return self.replace_boxed(meta.remove_axis(self.value, index, params))
+        return self
+
+    def get_partition_spec(self) -> Any:
+        return jax.sharding.PartitionSpec()
+
+    def __jax_array__(self) -> Any:
+        # Some layers of Linen reshape what they find in the outermost box (DenseGeneral).
+        return self.value
 
 
 class Facts(NamedTuple):

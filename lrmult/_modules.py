@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
-from lrmult._paths import loaded_nnx
+from lrmult._paths import box_types, children_of, loaded_nnx
 
 Segments: TypeAlias = tuple[str, ...]
 
@@ -82,8 +82,30 @@ def _walk(path: Segments, value: Any, above: frozenset[int]) -> Iterator[tuple[S
     yield path, value
     if id(value) in above:  # a module that knows the one that holds it
         return
-    for name, each in members(value).items():
-        yield from _walk((*path, *name.split("/")), each, above | {id(value)})
+    named = {tuple(name.split("/")): each for name, each in members(value).items()}
+    if not named and not isinstance(value, box_types()):
+        named = children_of(value)
+    for names, each in named.items():
+        yield from _walk((*path, *names), each, above | {id(value)})
+
+
+def shared_variables(model: Any) -> list[list[Segments]]:
+    """For each variable of NNX that is held at several places, their paths."""
+    paths: dict[int, list[Segments]] = {}
+    for path, value in walk(model):
+        if is_variable(value):
+            paths.setdefault(id(value), []).append(path)
+    return [found for found in paths.values() if len(found) > 1]
+
+
+def shared_below(path: Segments, groups: list[list[Segments]]) -> list[Segments]:
+    """All paths of those shared variables that a node holds, as it holds them or elsewhere."""
+    return [
+        each
+        for group in groups
+        if any(other[: len(path)] == path for other in group)
+        for each in group
+    ]
 
 
 def keeps_its_order(value: Any) -> bool:

@@ -379,7 +379,7 @@ def children_of(node: PyTree) -> dict[tuple[str, ...], Any]:
     if isinstance(node, box_types()):
         [(_, node)] = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda n: n is not node)[0]
     found = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda n: n is not node)[0]
-    return {tuple(_segments_of(key)): child for [key], child in found}
+    return {tuple(_segments_of(keys[0])): child for keys, child in found if keys}
 
 
 def entries(tree: PyTree) -> dict[tuple[str, ...], Any]:

@@ -103,8 +103,8 @@ def select(index: Index, size: int, axis: str) -> Bools:
         chosen[list(places)] = True
     if size and not chosen.any():
         raise IndexRangeError(
-            f"its index selects nothing on {axis}, which has size {size}; write another, or mark "
-            "the rule with lrmult.optional if that may happen"
+            f"its index selects nothing on {axis}, which has size {size}; write another, or leave "
+            "it out"
         )
     return chosen
 

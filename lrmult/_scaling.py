@@ -307,7 +307,7 @@ def _gather(array: Any, places: Any, axis: int) -> Any:
 
 def _sharded_as(array: Any, values: Any) -> Any:
     """Values of the array's own shape, sharded as it is where shardings are part of types."""
-    sharding = _explicit_sharding(array)
+    sharding = explicit_sharding(array)
     if sharding is None or np.shape(values) != array.shape:
         return values
     return jax.sharding.reshard(values, sharding)
@@ -315,14 +315,14 @@ def _sharded_as(array: Any, values: Any) -> Any:
 
 def _unsharded(array: Any, axis: int) -> Any:
     """The array, along one axis on each device whole, where shardings are part of types."""
-    sharding = _explicit_sharding(array)
+    sharding = explicit_sharding(array)
     if sharding is None or sharding.spec[axis] is None:
         return array
     spec = [None if each == axis else name for each, name in enumerate(sharding.spec)]
     return jax.sharding.reshard(array, sharding.update(spec=jax.sharding.PartitionSpec(*spec)))
 
 
-def _explicit_sharding(array: Any) -> Any:
+def explicit_sharding(array: Any) -> Any:
     """The sharding of an array, where it is part of its type."""
     sharding = jax.typeof(array).sharding
     return sharding if jax.sharding.AxisType.Explicit in sharding.mesh.axis_types else None

@@ -212,16 +212,26 @@ def _segments(path: Any, fact: str) -> tuple[str, ...]:
     if not isinstance(path, str):
         raise RuleError(f"{show(path)} in {fact}= is no path; lrmult.paths(...) lists them")
     try:
-        steps = parse(path).steps
+        names = literal_path(path)
     except LrmultError as error:
         raise RuleError(f"the path {shorten(path)!r} in {fact}= cannot be read: {error}") from None
-    names = [step for step in steps if isinstance(step, Names) and step.is_literal]
-    if len(names) < len(steps):
+    if names is None:
         raise RuleError(
             f"the path {shorten(path)!r} in {fact}= has a wildcard or a position; write the path "
             "of one node in full, as lrmult.paths(...) shows it"
         )
-    return tuple(name.alternatives[0][0] for name in names)
+    return names
+
+
+def literal_path(text: str) -> tuple[str, ...] | None:
+    """The names along a path, without escapes; None if it has a wildcard or a position.
+
+    Raises:
+        PatternError: if it cannot be read.
+    """
+    steps = parse(text).steps
+    names = [step for step in steps if isinstance(step, Names) and step.is_literal]
+    return tuple(name.alternatives[0][0] for name in names) if len(names) == len(steps) else None
 
 
 def add_structure(tree: ParamTree, structure: Structure) -> None:

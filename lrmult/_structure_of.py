@@ -16,6 +16,7 @@ from lrmult._modules import (
     loaded_equinox,
     members,
     restored,
+    shared_variables,
     walk,
 )
 from lrmult._paths import entries, loaded_nnx
@@ -127,17 +128,13 @@ def _text(path: Segments) -> str:
 
 def _structure_of_module(model: Any) -> Structure:
     order: dict[Segments, list[str]] = {}
-    variables: dict[int, list[Segments]] = {}
     groups: list[list[Segments]] = []
     for path, value in walk(model):
-        if is_variable(value):
-            variables.setdefault(id(value), []).append(path)
         names = _layers(value)
         if names:
             order[path] = names
         groups += _tied(path, value)
-    groups += [paths for paths in variables.values() if len(paths) > 1]
-    return make_structure(order, groups, _stacks(model))
+    return make_structure(order, groups + shared_variables(model), _stacks(model))
 
 
 def _layers(value: Any) -> list[str]:

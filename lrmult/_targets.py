@@ -14,7 +14,13 @@ import jax
 import numpy as np
 
 from lrmult._errors import AxisError, LrmultError, MaskError, PatternError, shorten, show
-from lrmult._modules import Segments, type_of_members, walk
+from lrmult._modules import (
+    Segments,
+    shared_below,
+    shared_variables,
+    type_of_members,
+    walk,
+)
 from lrmult._patterns import (
     ANY_DEPTH,
     At,
@@ -274,14 +280,21 @@ def of_type(model: Any, kind: type | tuple[type, ...]) -> OfType:
                 "class of NNX or Equinox modules; for parameters of other libraries write a "
                 "pattern, such as '**/LayerNorm_*'"
             )
-    if not isinstance(model, (*known, Mapping)) or isinstance(model, type):
+    inside = [*walk(model)] if isinstance(model, (*known, Mapping)) else []
+    if not any(isinstance(value, known) for _, value in inside) and not _is_empty(model):
         raise PatternError(
             f"of_type({show(model)}, {names}): that is no module of NNX or Equinox; pass the model "
             "itself (a parameter tree has forgotten what its arrays are of; those of Linen and "
             "Haiku are told by their names: write a pattern, such as '**/LayerNorm_*')"
         )
-    found = frozenset(path for path, value in walk(model) if isinstance(value, kinds))
-    return OfType(found, f"of_type({names})")
+    found = {path for path, value in inside if isinstance(value, kinds)}
+    groups = shared_variables(model)  # the tree may have them elsewhere
+    found.update(each for path in [*found] for each in shared_below(path, groups))
+    return OfType(frozenset(found), f"of_type({names})")
+
+
+def _is_empty(model: Any) -> bool:
+    return isinstance(model, Mapping) and not model
 
 
 @contextlib.contextmanager
