@@ -16,7 +16,7 @@ from lrmult._modules import (
     is_variable,
     loaded_equinox,
     shared_below,
-    shared_variables,
+    shared_paths,
     walk,
 )
 from lrmult._multipliers import Multiplier, is_array, read_multiplier, show_multiplier
@@ -188,7 +188,7 @@ def _attached(model: Any) -> Iterator[tuple[Segments, Multiplier, list[Segments]
                     found.append(((*path, name), field.metadata[METADATA]))
         else:
             found += [(path, multiplier) for multiplier in _in_boxes(value)]
-    groups = shared_variables(model) if found else []
+    groups = shared_paths(model) if found else []
     for path, multiplier in found:
         others = [other for other in shared_below(path, groups) if other[: len(path)] != path]
         yield path, _read(multiplier, f"what is attached at {'/'.join(path)!r}"), others

@@ -53,7 +53,13 @@ def mistakes(
     matching = {rule for row in set(matched.rows) for rule in row}
     claiming = claiming_rules(claims)
     overruled = {rule for leaf in matched.routes for rule in matched.overruled(leaf, claims[leaf])}
-    heard = claiming | overruled | matches.in_holes
+    # In a hole a rule may apply, if no earlier one claims all that may be there.
+    in_holes = {
+        index
+        for index, rows in matches.in_holes.items()
+        if not all(any(i < index and not rules[i].restrictions for i in row) for row in rows)
+    }
+    heard = claiming | overruled | in_holes
     for index, rule in enumerate(rules):
         error = matches.errors.get(index, matched.errors.get(index))
         if error is None and index not in heard and not _closes(index, rules):

@@ -291,7 +291,7 @@ def _empty(rule: Rule, array: str) -> UnmatchedRuleError:
     if any(mask.region is None for mask in masks):
         return UnmatchedRuleError(
             f"its mask is false everywhere, so it names nothing in {array}; write another, or "
-            "it out"
+            "leave it out"
         )
     return UnmatchedRuleError(
         f"the parts that it names have no element of {array} in common; a part of a part is what "

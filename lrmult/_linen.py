@@ -63,6 +63,7 @@ class Facts(NamedTuple):
     order: dict[Segments, list[str]]
     groups: list[list[Segments]]
     stacked: dict[Segments, int]
+    nodes: set[Segments]
 
 
 def facts(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Facts:
@@ -91,7 +92,14 @@ def _watch(
 
     arrays = [leaf for leaf, traced in zip(leaves, is_traced, strict=True) if traced]
     params = jax.eval_shape(init, arrays).get("params", {})
-    return Facts(watch.order, watch.groups([*entries(params)]), watch.stacked(params))
+    paths = [*entries(params)]
+    stacked, unclear = watch.stacked(params)
+    return Facts(
+        order={path: names for path, names in watch.order.items() if path not in unclear},
+        groups=watch.groups(paths),
+        stacked=stacked,
+        nodes={path[:depth] for path in paths for depth in range(len(path))},
+    )
 
 
 class _Watch:
@@ -101,7 +109,8 @@ class _Watch:
         self.order: dict[Segments, list[str]] = {}
         self._links: dict[Segments, Segments] = {}  # another path of a module -> its own
         self._boxed = boxed
-        self._calling: list[tuple[Segments, dict[int, str]]] = []
+        # The modules that are being called, and the names of their attributes.
+        self._calling: list[tuple[Segments, dict[Any, str]]] = []
         # For each array and number of axes that it had got, the shortest path of a module that
         # returned then.
         self._returned: dict[tuple[Segments, int], Segments] = {}
@@ -120,9 +129,13 @@ class _Watch:
         is_own = context.method_name != "setup" and module.name in (None, *path[-1:])
         if not is_own:
             return function(*args, **kwargs)
-        attributes = dict(_attributes(module))
         self._note_call(path, module)
-        self._calling.append((path, {id(each): name for name, each in attributes.items()}))
+        names: dict[Any, str] = {}
+        for name, each in _attributes(module):
+            names[id(each)] = name
+            if each.scope is not None:  # what is lifted is called as a copy
+                names[each.path] = name
+        self._calling.append((path, names))
         try:
             result = function(*args, **kwargs)
         finally:
@@ -141,7 +154,9 @@ class _Watch:
         for above, attributes in reversed(self._calling):
             if above == path:  # another method of the same module
                 return
-            name = path[-1] if above == path[:-1] else attributes.get(id(module))
+            name = attributes.get(id(module), attributes.get(path))
+            if above == path[:-1]:
+                name = path[-1]
             if name is not None:
                 names = self.order.setdefault(above, [])
                 if name not in names:
@@ -179,13 +194,21 @@ class _Watch:
                 found.append(others)
         return found
 
-    def stacked(self, params: Any) -> dict[Segments, int]:
-        """The nodes below which all arrays got an axis that `nn.scan` or `nn.vmap` has added."""
+    def stacked(self, params: Any) -> tuple[dict[Segments, int], set[Segments]]:
+        """The nodes below which all arrays got an axis that `nn.scan` or `nn.vmap` has added.
+
+        Returns:
+            Their axes; and other such nodes, of which it is not clear what a position counts: where
+            two were added at once, or what was added could not be seen.
+        """
         boxes = dict(_boxes(params))
         axes: dict[Segments, list[set[int]]] = {}
+        unclear: set[Segments] = set()
         for names, box in boxes.items():
-            for number, axis in enumerate(box.axes):
-                node = self._returned.get((names, number))
+            nodes = [self._returned.get((names, number)) for number in range(len(box.added))]
+            if None in nodes or len(set(nodes)) < len(nodes):
+                unclear.update(node for node in nodes if node is not None)
+            for node, axis in zip(nodes, box.axes, strict=True):
                 if node is not None:
                     both = {axis, axis - box.ndim - len(box.added)}
                     axes.setdefault(node, []).append(both)
@@ -195,7 +218,9 @@ class _Watch:
             fitting = sorted(set.intersection(*seen), reverse=True)
             if len(seen) == len(below) and fitting:
                 found[node] = fitting[0]
-        return found
+            else:
+                unclear.add(node)
+        return {node: axis for node, axis in found.items() if node not in unclear}, unclear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,7 +253,19 @@ class _Box(meta.AxisMetadata[Any]):
         return found
 
 
-jax.tree_util.register_dataclass(_Box, ["value"], ["added", "ndim"])
+class _Key(jax.tree_util.GetAttrKey):  # type: ignore[misc]
+    """The key of what is in a box, as modules that look at the paths of their variables read it."""
+
+    @property
+    def key(self) -> str:
+        return str(self.name)
+
+
+jax.tree_util.register_pytree_with_keys(
+    _Box,
+    lambda box: (((_Key("value"), box.value),), (box.added, box.ndim)),
+    lambda aux, children: _Box(next(iter(children)), *aux),
+)
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

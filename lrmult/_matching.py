@@ -44,7 +44,8 @@ class Matches:
             layers of a stack only.
         routes: per array with several paths, the nodes at their ends, and the rules that match
             there.
-        in_holes: the rules that could match inside a hole of the tree.
+        in_holes: the rules that could match inside a hole of the tree; for each such hole, the
+            rules that match all that may be in it.
         unresolved: per rule, a position in it that names nothing at some place.
         errors: per rule, why what it matches cannot be told.
     """
@@ -52,7 +53,7 @@ class Matches:
     rows: list[tuple[int, ...]]
     slices: dict[tuple[int, int], list[Region]]
     routes: dict[int, dict[int, tuple[int, ...]]]
-    in_holes: set[int]
+    in_holes: dict[int, set[tuple[int, ...]]]
     unresolved: dict[int, LrmultError]
     errors: dict[int, LrmultError]
 
@@ -79,13 +80,14 @@ def match(selectors: Sequence[Selector], tree: ParamTree) -> Matches:
         except RuleError as error:
             walk.errors[rule] = error
     for node in tree.holes:
-        walk.in_holes.update(walk.matched[node], automaton.rules_of(walk.waiting_in_hole(node)))
+        for rule in (*walk.matched[node], *automaton.rules_of(walk.waiting_in_hole(node))):
+            walk.note_hole(rule, node)
         for rule, selector in others.items():
             if isinstance(selector, re.Pattern) and node not in tree.cut and node in tree.nodes:
                 if selector.fullmatch(tree.raw_text(node)):
-                    walk.in_holes.add(rule)
+                    walk.note_hole(rule, node)
             else:  # what it would say of something that is not there cannot be asked
-                walk.in_holes.add(rule)
+                walk.note_hole(rule, node)
     rows = [() if node is None else walk.matched[node] for node in tree.places]
     routes: dict[int, dict[int, tuple[int, ...]]] = {}
     for leaf, nodes in tree.aliases.items():
@@ -172,7 +174,7 @@ class _Walk:
         self.active = [0] * len(tree.names)  # per node, the states that wait there
         # Per node, the rules that match it or a node above it.
         self.matched: list[tuple[int, ...]] = [()] * len(tree.names)
-        self.in_holes: set[int] = set()
+        self.in_holes: dict[int, set[tuple[int, ...]]] = {}
         self.unresolved: dict[int, LrmultError] = {}
         self.errors: dict[int, LrmultError] = {}
         self._resolved: dict[int, int] = {}  # node -> the states that a position leads to there
@@ -230,8 +232,12 @@ class _Walk:
             if node in ends or (node and above in ends):
                 ends.add(node)
                 self.matched[node] = self.merge(self.matched[node], (rule,))
-        if not self.tree.holes.isdisjoint(itertools.chain(ends, *lines)):
-            self.in_holes.add(rule)
+        for node in self.tree.holes.intersection(itertools.chain(ends, *lines)):
+            self.note_hole(rule, node)
+
+    def note_hole(self, rule: int, node: int) -> None:
+        """Note that a rule could match inside a hole, which lies at or below a node."""
+        self.in_holes.setdefault(rule, set()).add(self.matched[node])
 
     def _arrive(self, node: int, states: int, known: tuple[int, ...]) -> None:
         accepted = states & self.automaton.accept
@@ -318,7 +324,7 @@ class _Walk:
         if name is not None:
             family = family_of(self._names(node), name, self._stems(node), tree.text(node))
         if child in holes:
-            self.in_holes.add(rule)
+            self.note_hole(rule, node)
         elif no_order and family is None:
             raise no_order
         return node, children, family

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
-from lrmult._paths import box_types, children_of, loaded_nnx
+from lrmult._paths import box_types, children_of, entries, is_array, loaded_nnx
 
 Segments: TypeAlias = tuple[str, ...]
 
@@ -89,17 +89,29 @@ def _walk(path: Segments, value: Any, above: frozenset[int]) -> Iterator[tuple[S
         yield from _walk((*path, *names), each, above | {id(value)})
 
 
-def shared_variables(model: Any) -> list[list[Segments]]:
-    """For each variable of NNX that is held at several places, their paths."""
-    paths: dict[int, list[Segments]] = {}
+def shared_paths(model: Any) -> list[list[Segments]]:
+    """For each array that a model holds at several places, their paths.
+
+    These are variables of NNX, and what `equinox.nn.Shared` ties to another place.
+    """
+    equinox = loaded_equinox()
+    variables: dict[int, list[Segments]] = {}
+    groups: list[list[Segments]] = []
     for path, value in walk(model):
         if is_variable(value):
-            paths.setdefault(id(value), []).append(path)
-    return [found for found in paths.values() if len(found) > 1]
+            variables.setdefault(id(value), []).append(path)
+        if equinox is None or not isinstance(value, equinox.nn.Shared):
+            continue
+        own = {id(each): names for names, each in entries(value.pytree).items()}
+        for names, each in walk(restored(value)):
+            place = own.get(id(each))
+            if is_array(each) and place not in (None, names):
+                groups.append([(*path, "pytree", *place), (*path, "pytree", *names)])
+    return groups + [paths for paths in variables.values() if len(paths) > 1]
 
 
 def shared_below(path: Segments, groups: list[list[Segments]]) -> list[Segments]:
-    """All paths of those shared variables that a node holds, as it holds them or elsewhere."""
+    """All paths of those shared arrays that a node holds, there or elsewhere."""
     return [
         each
         for group in groups

@@ -326,7 +326,9 @@ def cached_plan(rules: Rules, params: PyTree, structure: Structure | None, stric
     """
     leaves, treedef = jax.tree.flatten(params)
     specs = tuple([shape_and_dtype(leaf) for leaf in leaves])
-    arguments = rules.abstract, treedef, specs, read_structure(structure), strict
+    facts = read_structure(structure)
+    # Equal facts by hand are checked against the tree, while those that were read are not.
+    arguments = rules.abstract, treedef, specs, facts, facts._read, strict
     try:
         hash(arguments[:2])
     except TypeError:  # a predicate or a static field of a module that cannot be hashed
@@ -336,8 +338,14 @@ def cached_plan(rules: Rules, params: PyTree, structure: Structure | None, stric
 
 @functools.lru_cache(maxsize=128)
 def _plan_of(
-    rules: Rules, treedef: Any, specs: tuple[Any, ...], structure: Structure, strict: bool
+    rules: Rules,
+    treedef: Any,
+    specs: tuple[Any, ...],
+    structure: Structure,
+    read: frozenset[str] | None,
+    strict: bool,
 ) -> Plan:
+    del read  # a part of the structure that its equality leaves out
     leaves = [_NO_ARRAY if spec[1] is None else jax.ShapeDtypeStruct(*spec) for spec in specs]
     return _compile(rules, treedef.unflatten(leaves), structure, strict)
 

@@ -65,8 +65,8 @@ class Structure:
     order: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     shared: Sequence[Sequence[str]] = ()
     stacked: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    # The paths of which facts were read from a model: a tree may hold a part of it only. None if
-    # nothing was read.
+    # The paths of all nodes of a model from which facts were read, of which a tree may hold a part
+    # only. None if nothing was read.
     _read: frozenset[str] | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -327,7 +327,11 @@ def _put_in_order(tree: ParamTree, structure: Structure, own: range) -> None:
             for name, child in tree.children[node].items()
             if name not in names and child in own and child not in arrays
         }
-        if left and not structure.is_read(path):
+        if structure.is_read(path):
+            # What the model did not have when it was read may be a layer.
+            if not all(structure.is_read(tree.text(tree.children[node][name])) for name in left):
+                continue
+        elif left:
             name = min(left)
             where = f"of {shorten(path)!r}" if path else "at the root"
             near = difflib.get_close_matches(name, {*names} - tree.children[node].keys(), 1)

@@ -2,7 +2,7 @@
 
 import itertools
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,11 +15,10 @@ from lrmult._modules import (
     keeps_its_order,
     loaded_equinox,
     members,
-    restored,
-    shared_variables,
+    shared_paths,
     walk,
 )
-from lrmult._paths import entries, loaded_nnx
+from lrmult._paths import loaded_nnx
 from lrmult._patterns import escape
 from lrmult._positions import natural_order
 from lrmult._structure import Structure
@@ -105,8 +104,16 @@ def make_structure(
     order: Mapping[Segments, Sequence[str]],
     groups: Iterable[Iterable[Segments]],
     stacked: Mapping[Segments, int],
+    nodes: Iterable[Segments],
 ) -> Structure:
-    """The structure that was read from a model, by the segments of paths."""
+    """The structure that was read from a model, by the segments of paths.
+
+    Args:
+        order: as of `Structure`.
+        groups: those of shared arrays.
+        stacked: as of `Structure`.
+        nodes: all that the model has.
+    """
     ordered = {}
     for path, names in order.items():
         try:
@@ -118,7 +125,8 @@ def make_structure(
         ordered[_text(path)] = names
     shared = [[_text(path) for path in group] for group in groups]
     axes = {_text(path): axis for path, axis in stacked.items()}
-    read = frozenset((*ordered, *itertools.chain.from_iterable(shared), *axes))
+    known = map(_text, nodes)
+    read = frozenset((*ordered, *itertools.chain.from_iterable(shared), *axes, *known))
     return Structure(order=ordered, shared=shared, stacked=axes, _read=read)
 
 
@@ -128,13 +136,15 @@ def _text(path: Segments) -> str:
 
 def _structure_of_module(model: Any) -> Structure:
     order: dict[Segments, list[str]] = {}
-    groups: list[list[Segments]] = []
+    nodes: list[Segments] = []
     for path, value in walk(model):
+        nodes.append(path)
         names = _layers(value)
         if names:
             order[path] = names
-        groups += _tied(path, value)
-    return make_structure(order, groups + shared_variables(model), _stacks(model))
+    stacked, unclear = _stacks(model)
+    order = {path: names for path, names in order.items() if path not in unclear}
+    return make_structure(order, shared_paths(model), stacked, nodes)
 
 
 def _layers(value: Any) -> list[str]:
@@ -165,22 +175,16 @@ def _holds_modules(value: Any) -> bool:
     )
 
 
-def _tied(path: Segments, value: Any) -> Iterator[list[Segments]]:
-    """The paths of each array that `equinox.nn.Shared` ties to another."""
-    equinox = loaded_equinox()
-    if equinox is None or not isinstance(value, equinox.nn.Shared):
-        return
-    own = {id(each): names for names, each in entries(value.pytree).items()}
-    for names, each in walk(restored(value)):
-        place = own.get(id(each))
-        if _shape(each) is not None and place not in (None, names):
-            yield [(*path, "pytree", *place), (*path, "pytree", *names)]
+def _stacks(model: Any) -> tuple[dict[Segments, int], set[Segments]]:
+    """The modules whose layers are stacked along an axis, as far as the layers in them tell.
 
-
-def _stacks(model: Any) -> dict[Segments, int]:
-    """The modules whose layers are stacked along an axis, as far as the layers in them tell."""
+    Returns:
+        The axes of those that do; and those of which it is not clear what a position counts, since
+        the layers in them have more axes than they were made for.
+    """
     shapes: dict[Segments, tuple[int, ...]] = {}
     hints: dict[Segments, set[int]] = {}  # of arrays: what may be the axis of a stack
+    larger: set[Segments] = set()  # arrays with more axes than they were made for
     is_layer: dict[Segments, bool] = {}  # of modules: whether a library has them, as linear layers
     for path, value in walk(model):
         if is_module(value):
@@ -188,11 +192,14 @@ def _stacks(model: Any) -> dict[Segments, int]:
             is_layer[path] = made_for is not None
             if made_for is not None:
                 name, shape = made_for
-                hints[(*path, name)] = _axes_beside(shape, _shape(members(value).get(name)))
+                found_shape = _shape(members(value).get(name)) or ()
+                hints[(*path, name)] = _axes_beside(shape, found_shape)
+                if len(found_shape) > len(shape):
+                    larger.add((*path, name))
         elif (seen := _shape(value)) is not None:
             shapes[path] = seen
-    if not any(hints.values()):
-        return {}
+    if not larger:
+        return {}, set()
     below: dict[Segments, list[Segments]] = {path: [] for path in is_layer}
     for path in shapes:
         for depth in range(len(path)):
@@ -213,13 +220,19 @@ def _stacks(model: Any) -> dict[Segments, int]:
     # That each of a stack's own layers is a stack is of use only where it is all that is one, and
     # nobody asks for layers of the whole model if modules in it have some.
     blocks = {path for path in found if path and not is_layer[path]}
-    return {
+    told = {
         path: axis
         for path, axis in found.items()
         if path in blocks
         or (path and not any(path[:depth] in blocks for depth in range(len(path))))
         or not (path or blocks)
     }
+    unclear = {
+        path
+        for path, arrays in below.items()
+        if path not in found and larger.issuperset(each for each in arrays if each in hints)
+    }
+    return told, unclear
 
 
 def _size(shape: tuple[int, ...], axis: int) -> int | tuple[int, ...]:
@@ -227,9 +240,9 @@ def _size(shape: tuple[int, ...], axis: int) -> int | tuple[int, ...]:
     return shape[axis] if -len(shape) <= axis < len(shape) else shape
 
 
-def _axes_beside(made_for: tuple[int, ...], seen: tuple[int, ...] | None) -> set[int]:
+def _axes_beside(made_for: tuple[int, ...], seen: tuple[int, ...]) -> set[int]:
     """Along which axis layers that were made for a shape may be stacked, to have another one."""
-    if seen is None or len(seen) != len(made_for) + 1:
+    if len(seen) != len(made_for) + 1:
         return set()
     axes = {axis for axis in range(len(seen)) if seen[:axis] + seen[axis + 1 :] == made_for}
     return axes | {-1} if len(made_for) in axes else axes

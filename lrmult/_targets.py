@@ -17,7 +17,7 @@ from lrmult._errors import AxisError, LrmultError, MaskError, PatternError, shor
 from lrmult._modules import (
     Segments,
     shared_below,
-    shared_variables,
+    shared_paths,
     type_of_members,
     walk,
 )
@@ -288,7 +288,7 @@ def of_type(model: Any, kind: type | tuple[type, ...]) -> OfType:
             "Haiku are told by their names: write a pattern, such as '**/LayerNorm_*')"
         )
     found = {path for path, value in inside if isinstance(value, kinds)}
-    groups = shared_variables(model)  # the tree may have them elsewhere
+    groups = shared_paths(model)  # the tree may have them elsewhere
     found.update(each for path in [*found] for each in shared_below(path, groups))
     return OfType(frozenset(found), f"of_type({names})")
 
