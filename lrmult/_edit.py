@@ -24,7 +24,7 @@ from lrmult._paths import (
     is_nnx_module,
     loaded_nnx,
 )
-from lrmult._patterns import At, Indexed, Pattern, Span
+from lrmult._patterns import At, Indexed, Pattern, Span, escape
 from lrmult._regions import Flags, Index
 from lrmult._rules import Rule, Rules
 from lrmult._structure import (
@@ -274,8 +274,7 @@ class _View:
         [node] = nodes
         if node in self._ends:
             return _Chosen(parts, leaf=self._ends[node])
-        is_there = is_module(self._given) or any(node in tree.line(p) for _, p in tree.arrays())
-        if not restrictions and is_there and all(part.is_whole for part in parts.values()):
+        if not restrictions and all(part.is_whole for part in parts.values()):
             return _Chosen(parts, node=node)
         return _Chosen(parts, leaf=leaves[0] if len(leaves) == 1 else None)
 
@@ -342,6 +341,10 @@ class _View:
 
     def at(self, node: int) -> Any:
         """What stands at a node with arrays below it."""
+        below = any(node in self._tree.line(place) for _, place in self._tree.arrays())
+        if not below and not is_module(self._given):  # only other paths of arrays lead there
+            inside = self.below(node).items()
+            return {"/".join(map(escape, names)): self.leaves[leaf] for names, leaf in inside}
         return _descend(self._given, self.names_at(node))
 
     @functools.cached_property

@@ -450,7 +450,8 @@ def test_what_stands_at_a_node_may_be_put_there(container):
     arrays, rest = eqx.partition(params, eqx.is_array)
     for node in nodes_of(arrays):
         found = lm.extract(params, node)
-        assert [bits(leaf) for leaf in array_leaves(found)] == arrays_below(arrays, node), node
+        # Of keys that begin alike, names inside are sorted among those of what is beside them.
+        assert sorted(map(bits, array_leaves(found))) == sorted(arrays_below(arrays, node)), node
         same = lm.replace(params, node, found)
         assert_same(eqx.filter(same, eqx.is_array), arrays)
         assert jax.tree.structure(same) == jax.tree.structure(params), node
@@ -529,7 +530,7 @@ def test_every_kind_of_leaf(kind):
     part = lm.extract(params, targets[4])
     assert (part.shape, part.dtype) == ((mask.sum(),), leaf.dtype)
     if not isinstance(leaf, jax.ShapeDtypeStruct):
-        assert bits(part) == bits(leaf[mask])
+        assert bits(part) == bits(leaf.reshape(-1)[np.flatnonzero(mask)])
 
 
 @pytest.mark.parametrize(
@@ -691,8 +692,8 @@ def test_a_shared_array_is_read_and_set_by_each_name(target, own, both):
     params["head"] |= {"kernel": table} if both else {}
     found = lm.extract(params, target, structure=TIED)
     assert_same(lm.replace(params, target, found, structure=TIED), params)
-    if target == "head" and not both:  # the array stands elsewhere in the tree
-        assert found == params["head"]
+    if target == "head" and own and not both:  # the array stands elsewhere in the tree
+        assert found is params["head"]
         return
     new = lm.replace(params, target, jax.tree.map(lambda a: a + 1, found), structure=TIED)
     np.testing.assert_array_equal(new["embed"]["table"], table + 1)

@@ -68,3 +68,63 @@ def test_gradual_unfreezing(tmp_path):
         )
     }
     assert rises["migrate"][-1] < 0 < rises["restart"][-1]
+
+
+def test_recurrent(tmp_path):
+    text = output_of("recurrent.py", tmp_path)
+    flat = " ".join(text.split())
+    assert "cell/l1/bias cell/l1/kernel cell/l2/bias cell/l2/kernel cell/l3/kernel Four" in flat
+    assert flat.count("ShadowedRuleError: rule 1 ('cell/l3' -> frozen): it can never apply") == 2
+    assert flat.count("('cell/l3/kernel'); put it before rule 0, or remove it") == 2
+    assert "UnmatchedRuleError: rule 0 ('l3' -> frozen): no path matches 'l3'; did" in flat
+    assert "did you mean 'cell/l3'?" in flat
+    assert "PositionError: rule 0 (3 -> frozen): the only child at the root, 'cell'," in flat
+    assert re.search(r"^cell/l3 .+ 4 +frozen +0: 'cell/l3'$", text, re.MULTILINE)  # the plan
+    assert "Fixed: l3 kept every bit in 6 of 6 runs, and all else changed." in text
+    assert "Trained: 'cell/l3/kernel' float32[2,2] is frozen, but changed at [0, 0]" in flat
+    found = {
+        name: ([float(x) for x in errors.split()], l3)
+        for name, errors, l3 in re.findall(
+            r"^(\w[\w ,]+?)((?: +\d\.\d{3}){4})(?: +(\[.+\]))?$", text, re.MULTILINE
+        )
+    }
+    fixed, l3 = found["fixed"]
+    assert l3 == found["fixed, in NNX"][1] == "[1.000, 0.500] [0.000, 1.000]" != found["trained"][1]
+    assert max(abs(a - b) for a, b in zip(fixed, found["fixed, in NNX"][0], strict=True)) < 0.05
+    assert fixed[0] < found["Kalman filter"][0][0]  # l1 and l2 have learned
+    assert fixed[3] < found["trained"][0][3]  # of the velocity, which only l3 knows
+    free, frozen, cut = (
+        [float(x) for x in re.search(rf"^{name} +([\d. ]+)$", text, re.MULTILINE)[1].split()]
+        for name in ("l3 like any layer", "l3 frozen, by lm.stop_frozen", "l3's output cut off")
+    )
+    assert min(free) > 0
+    assert max(abs(a - b) for a, b in zip(frozen[:2], free[:2], strict=True)) < 0.02
+    assert frozen[2] == 0
+    assert cut == [0, 0, 0]
+
+
+def test_fixed_kernels(tmp_path):
+    text = output_of("fixed_kernels.py", tmp_path)
+    assert re.search(r"^conv1 .+ 80 +frozen +0: 'conv1'$", text, re.MULTILINE)  # the plan's table
+    assert "[-0.452  0.     0.452]" in text  # by lm.extract, what lm.replace put there
+    frozen, free = map(
+        float, re.search(r"step of training: ([\d.]+) .+, ([\d.]+) MFLOP", text).groups()
+    )
+    assert frozen < 0.8 * free
+    assert "the same bytes after training as set by hand, in 5 of 5 runs." in text
+    assert "what was frozen kept every bit, and all other arrays changed." in text
+    rates = {
+        name: (float(plain), [float(x) for x in rest.split("%")[:3]], float(total))
+        for name, plain, rest, total in re.findall(
+            r"^(\w+, \w+) +([\d.]+)% \(.+?\)((?: +[\d.]+%){3}) +([\d.]+)$", text, re.MULTILINE
+        )
+    }
+    assert list(rates) == ["edges, frozen", "edges, trained", "random, frozen", "random, trained"]
+    plain, brighter, total = rates.pop("edges, frozen")
+    assert plain > 96
+    assert max(abs(rate - plain) for rate in brighter) < 0.2
+    assert total == 0
+    for lower in rates.values():
+        assert lower[0] > 95
+        assert lower[1][2] < plain - 5
+        assert lower[2] > 0.1
