@@ -53,11 +53,13 @@ def mistakes(
     matching = {rule for row in set(matched.rows) for rule in row}
     claiming = claiming_rules(claims)
     overruled = {rule for leaf in matched.routes for rule in matched.overruled(leaf, claims[leaf])}
-    # In a hole a rule may apply, if no earlier one claims all that may be there.
+    # In a hole a rule may apply; one that has lost all that is there, if no earlier rule claims
+    # all that may be in the hole too.
     in_holes = {
         index
         for index, rows in matches.in_holes.items()
-        if not all(any(i < index and not rules[i].restrictions for i in row) for row in rows)
+        if index not in matching
+        or not all(any(i < index and not rules[i].restrictions for i in row) for row in rows)
     }
     heard = claiming | overruled | in_holes
     for index, rule in enumerate(rules):

@@ -317,7 +317,7 @@ def _share(tree: ParamTree, structure: Structure) -> None:
 
 
 def _put_in_order(tree: ParamTree, structure: Structure, own: range) -> None:
-    arrays = {place for _, place in tree.arrays()} if structure.order else set()
+    arrays = {place for _, place in tree.arrays()}.union(*tree.aliases.values())
     for path, names in structure.order.items():
         node = _node(tree, structure, path, "order", "the children of {} have an order")
         if node is None:
