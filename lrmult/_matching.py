@@ -94,6 +94,9 @@ def match(selectors: Sequence[Selector], tree: ParamTree) -> Matches:
         routes[leaf] = {node: walk.matched[node] for node in (tree.places[leaf] or 0, *nodes)}
         for matched in routes[leaf].values():
             rows[leaf] = walk.merge(rows[leaf], matched)
+        for copy in tree.slices.get(leaf, ()):  # parts of it, by the same paths
+            end = tree.without_layers(copy)
+            routes[leaf][end] = walk.merge(routes[leaf].get(end, ()), walk.matched[copy])
     slices: dict[tuple[int, int], list[Region]] = {}
     for leaf in tree.slices:
         found = _slices(leaf, rows[leaf], walk.matched, tree)

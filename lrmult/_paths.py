@@ -192,8 +192,7 @@ class ParamTree:
         """
         leaves = {place: leaf for leaf, place in enumerate(self.places) if place is not None}
         for leaf, aliases in self.aliases.items():
-            if node in self.line(self.places[leaf] or 0):
-                leaves.update(dict.fromkeys(aliases, leaf))
+            leaves.update(dict.fromkeys(aliases, leaf))
         for leaf, known in self.slices.items():
             leaves.update(dict.fromkeys(known, leaf))
         layers: dict[str, int] = {}
@@ -245,6 +244,12 @@ class ParamTree:
                 pending.extend(
                     (child, copy, (layers, key)) for key, child in self.layers[node].items()
                 )
+
+    def without_layers(self, node: int) -> int:
+        """The node that a node below a layer of a stack is a copy of."""
+        names = [self.names[each] for each in self.line(node)[1:] if each not in self._stacked]
+        found = self.node_at(names)
+        return node if found is None else found
 
     def text(self, node: int) -> str:
         """The path of a node, as it is written in a rule."""

@@ -317,7 +317,8 @@ def _share(tree: ParamTree, structure: Structure) -> None:
 
 
 def _put_in_order(tree: ParamTree, structure: Structure, own: range) -> None:
-    arrays = {place for _, place in tree.arrays()}.union(*tree.aliases.values())
+    # What has been cut out may have been an array.
+    arrays = {place for _, place in tree.arrays()}.union(tree.holes, *tree.aliases.values())
     for path, names in structure.order.items():
         node = _node(tree, structure, path, "order", "the children of {} have an order")
         if node is None:
@@ -350,10 +351,12 @@ def _stack(tree: ParamTree, structure: Structure) -> None:
         if node is not None:
             found[node] = path, axis
     below: dict[int, list[int]] = {node: [] for node in found}  # -> leaves
-    for leaf, place in tree.arrays() if found else ():
-        for node in tree.line(place):
+    aliases = ((leaf, alias) for leaf, nodes in tree.aliases.items() for alias in nodes)
+    for leaf, end in itertools.chain(tree.arrays(), aliases) if found else ():
+        for node in tree.line(end):
             if node in below:
                 below[node].append(leaf)
+    below = {node: list(dict.fromkeys(leaves)) for node, leaves in below.items()}
 
     def top_of(node: int) -> int:
         """The uppermost node that has the layers of this one too."""
@@ -364,14 +367,17 @@ def _stack(tree: ParamTree, structure: Structure) -> None:
                 return above
         return node
 
-    taken: dict[tuple[int, int], str] = {}
+    taken: dict[tuple[int, int], list[int]] = {}  # leaf and axis -> nodes, the lower ones first
     for node in sorted(found, reverse=True):  # a node's number is above those of its parents
         path, axis = found[node]
         if top_of(node) != node:
             continue
         for leaf in below[node]:
-            other = taken.setdefault((leaf, axis % max(len(tree.shapes[leaf]), 1)), path)
-            if other != path:
+            others = taken.setdefault((leaf, axis % max(len(tree.shapes[leaf]), 1)), [])
+            others.append(node)
+            inside = [other for other in others[:-1] if node in tree.line(other)]
+            if inside:
+                other = found[inside[0]][0]
                 raise AxisError(
                     f"structure= says of both {shorten(path)!r} and {shorten(other)!r} that axis "
                     f"{axis} of {tree.show(leaf)} is that of their layers; axes are those of the "

@@ -52,10 +52,10 @@ class Elements:
 
 @dataclasses.dataclass(eq=False)
 class Node:
-    """A node of a tree, with its layers if it is a stack.
+    """A node of a tree, with its layers if it is a stack, and the given order of its children.
 
     Below a stack, `stacks` are the axes along which layers lie; in a layer, `where` says on which
-    of them and where it is.
+    of them and where it is. A child in an order is None if it is not in the tree.
     """
 
     path: tuple
@@ -63,8 +63,14 @@ class Node:
     leaf: Any = None
     hole: bool = False
     layers: dict | None = None
+    order: list | None = None
     stacks: list = dataclasses.field(default_factory=list)
     where: tuple = ()
+
+    def listed(self):
+        """A copy of this node with the children that have an order, in it, and no others."""
+        children = {name: self.children.get(name) for name in self.order}
+        return dataclasses.replace(self, children=children, order=None)
 
     def below(self):
         """This node and all below it."""
@@ -94,13 +100,29 @@ class FailedError(Exception):
     """What is wrong with a part of an array, by its kinds."""
 
 
-def grow(tree, stacked=()):
-    """Turn containers into nodes by segment; the root, and the leaves as `jax.tree.leaves` does."""
+def grow(tree, stacked=(), order=(), shared=()):
+    """Turn containers into nodes by segment; the root, and the leaves as `jax.tree.leaves` does.
+
+    A stack is named by the text of its path, all else by the tuple of segments. Every path of a
+    shared array becomes a node that holds it; those that the tree itself has are leaves.
+    """
     root, leaves = Node(()), []
     _grow(root, tree, leaves)
     for leaf in leaves:
         if leaf.children:
             raise RefusedError(leaf.path)
+    for group in joined(shared):
+        arrays = [leaf.leaf for leaf in leaves if leaf.path in group]
+        for path in sorted(group) if arrays else ():
+            node = root
+            for segment in path:
+                node = node.children.setdefault(segment, Node((*node.path, segment)))
+            node.leaf = arrays[0] if node.leaf is None else node.leaf
+    for path, names in dict(order).items():
+        node = root
+        for segment in path:
+            node = node.children[segment]
+        node.order = names
     # The innermost first, since a layer of a stack holds the stacks that are below it.
     for path, axis in sorted(dict(stacked).items(), key=lambda item: -len(item[0])):
         node = root
@@ -111,6 +133,15 @@ def grow(tree, stacked=()):
         sizes = {leaf.leaf.shape[axis] for leaf in node.below() if leaf.leaf is not None}
         node.layers = {i: node.narrowed((axis, i)) for size in sizes for i in range(size)}
     return root, leaves
+
+
+def joined(groups):
+    """The groups of paths as sets; those that have one in common are one."""
+    found = []
+    for group in map(set, groups):
+        apart = [other for other in found if not other & group]
+        found = [*apart, group.union(*[other for other in found if other & group])]
+    return found
 
 
 def _grow(node, tree, leaves):
@@ -166,12 +197,20 @@ def underscored(node, name):
 
 
 def order(node):
-    """The layers, or the children if all are keyed by ints or named with one stem and a number."""
+    """What a position counts: the layers, or the children, by number.
+
+    The children have a number each if they have an order, or if all of them (or, with an order, all
+    that it lists) are keyed by ints or named with one stem and a number, which comes first.
+    """
     if node.layers is not None:
         return node.layers
-    families = [numbered(node, stem(name)) for name in node.children]
-    families += [underscored(node, name) for name in node.children if name]
-    return next((dict(f) for f in families if len(dict(f)) == len(node.children)), {})
+    if node.hole:
+        return {}  # nobody knows what stood there
+    counted = node if node.order is None else node.listed()
+    families = [numbered(counted, stem(name)) for name in counted.children]
+    families += [underscored(counted, name) for name in counted.children if name]
+    places = {} if node.order is None else dict(enumerate(counted.children.values()))
+    return next((dict(f) for f in families if len(dict(f)) == len(counted.children)), places)
 
 
 def at(numbers, position):
@@ -194,14 +233,16 @@ class Match:
 
     def __init__(self, root, parts):
         self.nodes = []
-        self.failures = set()  # at places that were passed over: "position" (no order), "range"
+        # At places that were passed over: "position" (no order), "range", or "unmatched" (only
+        # layers without parameters stand there).
+        self.failures = set()
         self.unknowable = False
-        self.in_hole = False
+        self.holes = []  # where it could match something that has been cut out
         self.find(root, parts)
-        self.in_hole |= any(node.hole for node in self.nodes)
+        self.holes += [node for node in self.nodes if node.hole]
 
     def find(self, node, parts):
-        self.in_hole |= node.hole  # what is left of the pattern could match in there
+        self.holes += [node] * node.hole  # what is left of the pattern could match in there
         if not parts:
             self.nodes += node.below()
             return
@@ -217,6 +258,8 @@ class Match:
                 if fits(part.glob, name):
                     self.find(child, rest)
         else:
+            if node.order is not None:
+                node = dataclasses.replace(node, children=node.listed().children | node.children)
             known = {stem(name) for name in node.children}
             for name in {*node.children, *known, *(name.removesuffix("_") for name in known)}:
                 if fits(part.glob, name):
@@ -230,7 +273,7 @@ class Match:
         members = under or plain
         clear = not (under and plain) and len(dict(members)) == len(members)
         if child:
-            self.in_hole |= child.hole
+            self.holes += [node] * child.hole
         if child and (order(child) or child.layers is not None):
             self.pick_below(child, position, rest)
         elif child or members:
@@ -238,7 +281,7 @@ class Match:
 
     def pick_below(self, node, position, rest):
         if node.layers == {}:  # nobody knows how many layers the holes of a stack had
-            self.in_hole |= all(below.leaf is None for below in node.below())
+            self.holes += [node] * all(below.leaf is None for below in node.below())
             self.failures.add("range")
         else:
             self.pick(order(node), position, rest)
@@ -249,9 +292,10 @@ class Match:
             return
         chosen, unknowable = at(numbers, position)
         self.unknowable |= unknowable
-        self.failures |= set() if chosen else {"range"}
-        for number in chosen:
-            self.find(numbers[number], rest)
+        found = [numbers[number] for number in chosen if numbers[number] is not None]
+        self.failures |= set() if found else {"unmatched"} if chosen else {"range"}
+        for node in found:
+            self.find(node, rest)
 
 
 def everything(leaf):
@@ -363,20 +407,22 @@ class Found:
     Attributes:
         masks: the elements by the path of their array.
         wild: whether arrays that have no such axis or place are passed over.
-        in_hole: whether it could match inside a hole.
+        holes: where it could match something that has been cut out.
+        nodes: what it matches as a whole.
         skipped: the kinds of what was passed over.
         problems: the kinds of what must not be passed over.
     """
 
     masks: dict
     wild: bool
-    in_hole: bool
+    holes: set
+    nodes: set
     skipped: set
     problems: set
 
 
 def select(target, root, leaves):
-    """Find what a target selects, given the leaves by path."""
+    """Find what a target selects, given the arrays by every path that they have."""
     if isinstance(target, Along | Neurons | Elements):
         return select_part(target, select(target.target, root, leaves), leaves)
     if isinstance(target, tuple):
@@ -387,13 +433,15 @@ def select(target, root, leaves):
                 masks[node.path] = masks.get(node.path, False) | node.cells()
         skipped = set() if masks else match.failures
         problems = {"position"} if match.unknowable else set()
-        return Found(masks, is_wild(target), match.in_hole, skipped, problems)
+        holes, nodes = ({(n.path, n.where) for n in each} for each in (match.holes, match.nodes))
+        return Found(masks, is_wild(target), holes, nodes, skipped, problems)
     masks = {}
     for path, node in leaves.items():
         text = "/".join(path)
         if target.fullmatch(text) if isinstance(target, re.Pattern) else target(text, node.leaf):
             masks[path] = everything(node.leaf)
-    return Found(masks, True, any(node.hole for node in root.below()), set(), set())
+    holes = {(node.path, node.where) for node in root.below() if node.hole}
+    return Found(masks, True, holes, set(), set(), set())
 
 
 def is_wild(parts):
@@ -430,7 +478,7 @@ def select_part(target, whole, leaves):
             if hard & {*error.args}:
                 problems |= hard & {*error.args}
                 masks[path] = mask  # more may be wrong with it
-    return dataclasses.replace(whole, masks=masks, skipped=skipped, problems=problems)
+    return dataclasses.replace(whole, masks=masks, nodes=set(), skipped=skipped, problems=problems)
 
 
 def part(target, path, leaf, selected, leaves):
@@ -444,7 +492,7 @@ def part(target, path, leaf, selected, leaves):
     return along(leaf, target.axis, target.index)
 
 
-def interpret(rules, tree, stacked=()):
+def interpret(rules, tree, stacked=(), order=(), shared=()):
     """Interpret (target, multiplier, optional) rules.
 
     Returns:
@@ -453,29 +501,52 @@ def interpret(rules, tree, stacked=()):
         "shadowed", "position" (no order, or not to be known), "range", "axis", or "mask". There are
         several where a rule is wrong in several ways.
     """
-    root, leaves = grow(tree, stacked)
-    leaves = {leaf.path: leaf for leaf in leaves}
-    claims = {path: np.where(everything(leaf.leaf), -1, 0) for path, leaf in leaves.items()}
-    verdicts = []
+    root, leaves = grow(tree, stacked, order, shared)
+    claims = {leaf.path: np.where(everything(leaf.leaf), -1, 0) for leaf in leaves}
+    leaves = {node.path: node for node in root.below() if node.leaf is not None}
+    ties = {path: group for group in joined(shared) for path in group}
+    verdicts, history = [], []
+    covered = set()  # where earlier rules claim all, in holes too
     for index, (target, _, optional) in enumerate(rules):
         found = select(target, root, leaves)
+        history.append({} if found.problems else found.masks)
         if found.problems:
             forgiven = {"range"} if optional else set()
             verdicts.append({"ok" if kind in forgiven else kind for kind in found.problems})
             continue
-        fresh = {path: mask & (claims[path] == -1) for path, mask in found.masks.items()}
-        for path, mask in fresh.items():
-            claims[path][mask] = index
+        fresh = overruled = False
+        for path, claim in claims.items():
+            paths = ties.get(path, {path})
+            matched = [found.masks[path] for path in paths if path in found.masks]
+            matched = np.any(matched, axis=0) if matched else np.zeros(claim.shape, bool)
+            for winner in {*claim[matched]} - {-1}:
+                both = [
+                    found.masks[path] & history[winner][path]
+                    for path in paths
+                    if path in found.masks and path in history[winner]
+                ]
+                lost = matched & (claim == winner)
+                overruled |= bool((lost & ~np.any(both, axis=0) if both else lost).any())
+            fresh |= bool((matched & (claim == -1)).any())
+            claim[matched & (claim == -1)] = index
         last = all(optional for _, _, optional in rules[index:][1:])
         closing = last and isinstance(target, tuple) and all(part is ... for part in target)
-        if any(mask.any() for mask in fresh.values()) or found.in_hole or closing:
+        matches = any(mask.any() for mask in found.masks.values())
+        holes = found.holes - covered if matches else found.holes
+        in_hole = any(path not in ties for path, _ in holes)
+        covered |= found.nodes
+        if fresh or overruled or in_hole or closing:
             verdict = {"ok"}
-        elif any(mask.any() for mask in found.masks.values()):
+        elif matches:
             verdict = {"shadowed"}
+        elif "unmatched" in found.skipped:
+            verdict = {"unmatched", *(found.skipped & {"range"})}
         else:
             # What was passed over is wrong if nothing is left; or the arrays that are left are.
             missing = [kind for kind in ("range", "axis", "position") if kind in found.skipped]
             verdict = {*missing[:1], *(["unmatched"] if found.masks or not missing else [])}
+        if holes:  # those of shared arrays: what stood there is known, but may be forgiven too
+            verdict = {*verdict, "ok"}
         forgiven = {"range", "unmatched", "shadowed"} if optional else set()
         verdicts.append({"ok" if kind in forgiven else kind for kind in verdict})
     return list(claims.values()), verdicts

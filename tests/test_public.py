@@ -42,6 +42,7 @@ ORDER = (
     "_states",
     "_wrap",
     "_migrate",
+    "_subarrays",
     "_edit",
     "__init__",
 )
