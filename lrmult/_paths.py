@@ -190,11 +190,10 @@ class ParamTree:
         Each layer becomes a copy of the node and of what is below it. Where such nodes stand above
         one another, the lower ones come first.
         """
-        leaves = {place: leaf for leaf, place in enumerate(self.places) if place is not None}
-        for leaf, aliases in self.aliases.items():
-            leaves.update(dict.fromkeys(aliases, leaf))
-        for leaf, known in self.slices.items():
-            leaves.update(dict.fromkeys(known, leaf))
+        leaves: dict[int, list[int]] = {}  # by node: two leaves may be declared one array
+        for leaf, place in self.arrays():
+            for each in (place, *self.aliases.get(leaf, ()), *self.slices.get(leaf, ())):
+                leaves.setdefault(each, []).append(leaf)
         layers: dict[str, int] = {}
         for number in range(size):
             self._copy(node, (layers, str(number)), leaves, (axis, number))
@@ -216,7 +215,7 @@ class ParamTree:
         self,
         top: int,
         link: tuple[dict[str, int], str],
-        leaves: dict[int, int],
+        leaves: dict[int, list[int]],
         at: tuple[int, int],
     ) -> None:
         pending = [(top, top, link)]
@@ -225,9 +224,9 @@ class ParamTree:
             copy = siblings[name] = len(self.names)
             self.names.append(self.names[node])
             self.parents.append(above)
-            if node in leaves:
-                slices = self.slices.setdefault(leaves[node], {})
-                axis = at[0] % len(self.shapes[leaves[node]])
+            for leaf in leaves.get(node, ()):
+                slices = self.slices.setdefault(leaf, {})
+                axis = at[0] % len(self.shapes[leaf])
                 slices[copy] = {**slices.get(node, {}), axis: at[1]}
             for known in (self.holes, self.cut, self._stacked):
                 if node in known:

@@ -170,7 +170,7 @@ def path_text(path):
 @st.composite
 def told(draw, tree, stacked=()):
     """A tree with facts about it."""
-    shared = [] if stacked else draw(groups(tree, {}))  # one or the other
+    shared = draw(groups(tree, dict(stacked)))
     own = {node.path for node in known(tree).below()}
     given = draw(orders(grow(tree, shared=shared)[0], own))
     structure = lm.Structure(
