@@ -39,7 +39,9 @@ def attach(target: T, multiplier: Any) -> T:
     * A **module of NNX** keeps it for all arrays in it. It stands on the module alone, so what is
       attached to something inside counts before it, whichever was attached first.
     * A **variable of NNX** keeps it as its metadata ``lr_mult``. So do variables that are made with
-      it: ``nnx.Param(x, lr_mult=0.1)``, ``nnx.Linear(..., kernel_metadata={"lr_mult": None})``.
+      it: ``nnx.Param(x, lr_mult=0.1)``, ``nnx.Linear(..., kernel_metadata={"lr_mult": None})``, an
+      initializer in ``nnx.with_metadata(init, lr_mult=0.1)``. (NNX does not carry metadata that is
+      set inside `nnx.jit` to the model outside.)
     * An **initializer of Linen** becomes one whose array is boxed, as with
       `flax.linen.with_partitioning` (inside or outside of it).
     * In **Equinox** it stands in the class: ``weight: Array = eqx.field(metadata={"lr_mult":

@@ -200,7 +200,8 @@ def graft(
             if not part.is_whole:
                 value = offered.get(known, SubArray()).of(value)
             array = changes.get(leaf, view.leaves[leaf])
-            if isinstance(value, jax.ShapeDtypeStruct) > isinstance(array, jax.ShapeDtypeStruct):
+            is_shape, was_shape = (isinstance(e, jax.ShapeDtypeStruct) for e in (value, array))
+            if is_shape and not was_shape:
                 raise RuleError(
                     f"{call}: in the source, {path!r} is a ShapeDtypeStruct, which has no numbers"
                 )

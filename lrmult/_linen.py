@@ -111,8 +111,9 @@ class _Watch:
         self._boxed = boxed
         # The modules that are being called, and the names of their attributes.
         self._calling: list[tuple[Segments, dict[Any, str]]] = []
-        # For each array and number of axes that it had got, the shortest path of a module that
-        # returned then.
+        # For each array the number of its axes when it was made; and by how many it had got since,
+        # the shortest path of a module that returned then.
+        self._made: dict[Segments, int] = {}
         self._returned: dict[tuple[Segments, int], Segments] = {}
 
     def call(
@@ -145,8 +146,7 @@ class _Watch:
                 self._links[(*path, name)] = each.path
         if isinstance(module, nn.Sequential):
             self.order[path] = [f"layers_{number}" for number in range(len(module.layers))]
-        if self._boxed:
-            self._note_return(path, module)
+        self._note_return(path, module)
         return result
 
     def _note_call(self, path: Segments, module: nn.Module) -> None:
@@ -164,16 +164,15 @@ class _Watch:
                 return
 
     def _note_return(self, path: Segments, module: nn.Module) -> None:
-        variables = module.variables.get("params", {})
-        for name, value in variables.items():
-            if not isinstance(value, Mapping | _Box):
-                leaves = jax.tree.leaves(value)
-                if len(leaves) == 1:
-                    module.put_variable("params", name, _Box(value, (), leaves[0].ndim))
-        for names, box in _boxes(module.variables.get("params", {})):
-            key = (*path, *names), len(box.added)
-            if len(path) <= len(self._returned.get(key, path)):
-                self._returned[key] = path
+        for name, value in module.variables.get("params", {}).items():
+            if self._boxed and not isinstance(value, Mapping | _Box) and _axes(value) is not None:
+                module.put_variable("params", name, _Box(value, (), _axes(value) or 0))
+        for names, value in entries(module.variables.get("params", {})).items():
+            if (ndim := _axes(value)) is not None:
+                array = (*path, *names)
+                key = array, ndim - self._made.setdefault(array, ndim)
+                if len(path) <= len(self._returned.get(key, path)):
+                    self._returned[key] = path
 
     def groups(self, arrays: list[Segments]) -> list[list[Segments]]:
         """For each array that several paths lead to, its own and the others."""
@@ -204,14 +203,15 @@ class _Watch:
         boxes = dict(_boxes(params))
         axes: dict[Segments, list[set[int]]] = {}
         unclear: set[Segments] = set()
-        for names, box in boxes.items():
-            nodes = [self._returned.get((names, number)) for number in range(len(box.added))]
-            if None in nodes or len(set(nodes)) < len(nodes):
+        for names, value in entries(params).items():
+            added = (_axes(value) or 0) - self._made.get(names, _axes(value) or 0)
+            nodes = [self._returned.get((names, number)) for number in range(added)]
+            box = boxes.get(names)
+            if None in nodes or len(set(nodes)) < len(nodes) or (added and box is None):
                 unclear.update(node for node in nodes if node is not None)
-            for node, axis in zip(nodes, box.axes, strict=True):
+            for node, axis in zip(nodes, box.axes if box is not None else (), strict=False):
                 if node is not None:
-                    both = {axis, axis - box.ndim - len(box.added)}
-                    axes.setdefault(node, []).append(both)
+                    axes.setdefault(node, []).append({axis, axis - (_axes(value) or 0)})
         found = {}
         for node, seen in axes.items():
             below = [names for names in boxes if names[: len(node)] == node]
@@ -280,6 +280,12 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             for key, each in inside.items():
                 if isinstance(each, nn.Module):
                     yield f"{name}_{key}", each
+
+
+def _axes(value: Any) -> int | None:
+    """The number of axes of an array, in boxes or not; None if it is no single array."""
+    leaves = jax.tree.leaves(value)
+    return len(leaves[0].shape) if len(leaves) == 1 and hasattr(leaves[0], "shape") else None
 
 
 def _boxes(params: Any, above: Segments = ()) -> Iterator[tuple[Segments, _Box]]:

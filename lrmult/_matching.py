@@ -289,10 +289,10 @@ class _Walk:
                     self._resolved[below] = self._resolved.get(below, 0) | bit << 1
             if children.keys().isdisjoint(members):
                 others = [name for name in family.members.values() if name in children]
+                has, have = ("has" if len(each) == 1 else "have" for each in (members, others))
                 raise UnmatchedRuleError(
-                    f"{show_position(position)} of {what} is {listing(members)}, which "
-                    f"{'has' if len(members) == 1 else 'have'} no parameters here"
-                    + (f"; {listing(others, 4)} have some" if others else "")
+                    f"{show_position(position)} of {what} is {listing(members)}, which {has} no "
+                    "parameters here" + (f"; {listing(others, 4)} {have} some" if others else "")
                 )
         except UnknowablePositionError as error:
             self.errors.setdefault(rule, PositionError(str(error)))
@@ -318,7 +318,9 @@ class _Walk:
         children, holes = tree.children[node], tree.holes
         child = node if name is None else children.get(name)
         no_order = None
-        if child is not None and child not in holes:
+        if child in holes:
+            self.note_hole(rule, node)
+        if child is not None and (child not in holes or child in tree.order):
             try:
                 return child, tree.layers.get(child, tree.children[child]), self._order(child)
             except PositionError as error:
@@ -326,9 +328,7 @@ class _Walk:
         family = None
         if name is not None:
             family = family_of(self._names(node), name, self._stems(node), tree.text(node))
-        if child in holes:
-            self.note_hole(rule, node)
-        elif no_order and family is None:
+        if no_order and family is None:
             raise no_order
         return node, children, family
 

@@ -29,6 +29,10 @@ class Family:
     def _has_gaps(self) -> bool:
         return max(self.members) - min(self.members) >= len(self.members) or min(self.members) > 1
 
+    def in_order(self) -> list[str]:
+        """All members."""
+        return [self.members[number] for number in sorted(self.members)]
+
     def select(self, position: Position, what: str) -> list[str]:
         """The members at a position.
 

@@ -16,7 +16,15 @@ from lrmult._multipliers import (
     read_multiplier,
     show_multiplier,
 )
-from lrmult._targets import Part, Restriction, Selector, Target, read_target, show_target
+from lrmult._targets import (
+    OfType,
+    Part,
+    Restriction,
+    Selector,
+    Target,
+    read_target,
+    show_target,
+)
 
 RulesLike: TypeAlias = "Rules | Iterable[Any] | Mapping[Any, Any] | float"
 
@@ -283,7 +291,7 @@ def _looks_like_one_rule(rules: Any) -> bool:
     allowed = isinstance(multiplier, numbers.Number | str | None)
     if not (allowed or is_array(multiplier) or is_schedule(multiplier)):
         return False
-    if isinstance(target, Part):
+    if isinstance(target, Part | OfType):
         return True
     if isinstance(target, tuple):
         return isinstance(rules, tuple)

@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from lrmult._errors import AxisError, LrmultError, RuleError, listing, shorten, show
+from lrmult._errors import AxisError, LrmultError, PositionError, RuleError, listing, shorten, show
 from lrmult._paths import ParamTree
-from lrmult._patterns import Names, parse
+from lrmult._patterns import Names, escape, parse
 from lrmult._positions import natural_order
 
 
@@ -122,8 +122,8 @@ def _read_order(order: Any) -> Mapping[str, tuple[str, ...]]:
             f"order= is {show(order)}; write the children of each path, as in "
             "Structure(order={'': ['conv', 'pool', 'dense']})"
         )
+    read: dict[str, tuple[str, ...]] = {}
     for path, names in order.items():
-        _segments(path, "order")
         listed = isinstance(names, Sequence) and not isinstance(names, str)
         if not listed or not names or not all(isinstance(name, str) for name in names):
             raise RuleError(
@@ -138,15 +138,17 @@ def _read_order(order: Any) -> Mapping[str, tuple[str, ...]]:
                 f"order= names {shorten(below[0])!r} as a child of {shorten(path)!r}; the children "
                 "of a child have an entry of their own"
             )
-        family = natural_order(names, path)
-        if family is not None and list(names) != [
-            family.members[n] for n in sorted(family.members)
-        ]:
+        try:
+            family = natural_order(names, path)
+        except PositionError as error:
+            raise RuleError(f"order= has {show(names)} for {shorten(path)!r}: {error}") from None
+        if family is not None and list(names) != family.in_order():
             raise RuleError(
                 f"order= has {show(names)} for {shorten(path)!r}, but children of one numbered "
                 "family are counted by their numbers; write them in that order, or name them"
             )
-    return MappingProxyType({path: tuple(names) for path, names in order.items()})
+        read[_canonical(path, "order")] = tuple(names)
+    return MappingProxyType(read)
 
 
 def _read_groups(shared: Any) -> tuple[tuple[str, ...], ...]:
@@ -158,9 +160,7 @@ def _read_groups(shared: Any) -> tuple[tuple[str, ...], ...]:
     for group in shared:
         if isinstance(group, str) or not isinstance(group, Iterable):
             raise RuleError(f"shared= has {show(group)}; write groups of paths, as in {example}")
-        paths = dict.fromkeys(group)
-        for path in paths:
-            _segments(path, "shared")
+        paths = dict.fromkeys(_canonical(path, "shared") for path in group)
         if len(paths) < 2:
             raise RuleError(
                 f"shared= has {show(group)}; a group has two paths or more of one array"
@@ -181,8 +181,7 @@ def _read_stacked(stacked: Any) -> Mapping[str, int]:
     for path, axis in stacked.items():
         if isinstance(axis, bool) or not isinstance(axis, int):
             raise RuleError(f"stacked= has {show(axis)} for {show(path)}; an axis is an int")
-        _segments(path, "stacked")
-    return MappingProxyType(dict(stacked))
+    return MappingProxyType({_canonical(path, "stacked"): axis for path, axis in stacked.items()})
 
 
 def read_structure(structure: Any) -> Structure:
@@ -221,6 +220,11 @@ def _segments(path: Any, fact: str) -> tuple[str, ...]:
             "of one node in full, as lrmult.paths(...) shows it"
         )
     return names
+
+
+def _canonical(path: Any, fact: str) -> str:
+    """A path as `lrmult.paths` lists it, of the ways in which it may be written."""
+    return "/".join(map(escape, _segments(path, fact)))
 
 
 def literal_path(text: str) -> tuple[str, ...] | None:
@@ -437,7 +441,7 @@ def tied_by_accident(tree: ParamTree, leaves: Sequence[Any], trains: Sequence[bo
     if not tied:
         return None
     group, *others = tied.values()
-    more = f" (and so are {len(others)} more groups)" if others else ""
+    more = f" (and so {'is' if len(others) == 1 else 'are'} {len(others)} more)" if others else ""
     return (
         f"{listing(group, 3)} are one array{more}, but a tree of parameters keeps no ties: they "
         "come apart at the first step, unless the model ties them again. If it does, say so: "

@@ -121,7 +121,7 @@ def make_structure(
         except PositionError:  # two have one number: then positions say so
             continue
         if family is not None:
-            names = [family.members[number] for number in sorted(family.members)]
+            names = family.in_order()
         ordered[_text(path)] = names
     shared = [[_text(path) for path in group] for group in groups]
     axes = {_text(path): axis for path, axis in stacked.items()}

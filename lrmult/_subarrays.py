@@ -62,6 +62,9 @@ class SubArray:
         seen = f"cannot take {spec(shape, dtype)}"
         if shape != self.shape(array):
             return f"{seen}: shapes must agree"
+        lists = [places for places in self.places.values() if not isinstance(places, int)]
+        if any(len(set(places)) < len(places) for places in lists):
+            return "is named with one place twice, and cannot take two values there"
         if kind_of(dtype_of(array)) != kind_of(dtype):
             return f"{seen}: that is another kind of dtype; cast it first, as with x.astype(...)"
         is_shape = [isinstance(each, jax.ShapeDtypeStruct) for each in (array, value)]

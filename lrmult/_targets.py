@@ -273,7 +273,7 @@ def of_type(model: Any, kind: type | tuple[type, ...]) -> OfType:
     kinds = kind if isinstance(kind, tuple) else (kind,)
     known = type_of_members()
     names = " or ".join(getattr(each, "__name__", show(each)) for each in kinds)
-    for each in kinds:
+    for each in kinds or ((),):
         if not isinstance(each, type) or not issubclass(each, known):
             raise PatternError(
                 f"of_type(model, {names}): {show(each)} is neither a type of NNX variable nor a "
