@@ -2,42 +2,22 @@
 
 The names, in the order of use: `paths` lists what rules may speak of and `structure_of` reads
 what these do not tell, `Rules` holds what rules say, `compile_rules` makes a `Plan` of them, and
-`scale_by_rules` or `wrap` apply them after or around any optimizer. `extract`, `replace` and
-`graft` read and write parts of a model by the same paths.
+`scale_by_rules` or `wrap` apply them after or around any optimizer. `recipes` holds known methods
+as rules, `load_rules` reads rules from a file. `extract`, `replace` and `graft` read and write
+parts of a model by the same paths.
 """
 
-from lrmult._attached import attach, attached_rules
-from lrmult._edit import extract, graft, replace
-from lrmult._errors import (
-    AxisError,
-    FrozenError,
-    IndexRangeError,
-    LrmultError,
-    MaskError,
-    MultiplierError,
-    PatternError,
-    PositionError,
-    RuleError,
-    ShadowedRuleError,
-    UnmatchedRuleError,
-)
-from lrmult._freezing import assert_frozen, stop_frozen
-from lrmult._migrate import migrate
-from lrmult._parts import Parts
-from lrmult._paths import paths
-from lrmult._plan import Claim, LeafPlan, Plan, compile_rules, trainable_mask
-from lrmult._rules import Rule, Rules, optional
-from lrmult._structure import Structure
-from lrmult._structure_of import structure_of
-from lrmult._targets import along, elements, neurons, of_type, rows
-from lrmult._transform import scale_by_rules
-from lrmult._wrap import wrap
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lrmult._api import *
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AxisError",
     "Claim",
+    "During",
     "FrozenError",
     "IndexRangeError",
     "LeafPlan",
@@ -62,20 +42,34 @@ __all__ = [
     "elements",
     "extract",
     "graft",
+    "load_rules",
     "migrate",
     "neurons",
     "of_type",
     "optional",
     "paths",
+    "recipes",
     "replace",
     "rows",
     "scale_by_rules",
+    "scale_decay",
     "stop_frozen",
     "structure_of",
     "trainable_mask",
     "wrap",
 ]
 
-for _name in __all__:
-    if isinstance(globals()[_name], type):
-        globals()[_name].__module__ = __name__  # what tracebacks and reprs show
+
+def __getattr__(name: str) -> Any:
+    # All else is imported when the first name is asked for: a program that imports a configuration,
+    # and this package with it, may never compile a rule.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from lrmult import _api
+
+    globals().update({each: getattr(_api, each) for each in __all__})
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

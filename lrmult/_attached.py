@@ -1,26 +1,30 @@
 """Multipliers that a model carries with it."""
 
 import functools
-import sys
 from collections.abc import Iterator
 from typing import Any, TypeVar, cast
 
 import jax
 
 from lrmult._errors import LrmultError, MultiplierError, RuleError, shorten, show
+from lrmult._libraries import (
+    box_types,
+    is_linen_module,
+    is_module,
+    is_nnx_module,
+    is_variable,
+    loaded_equinox,
+)
 from lrmult._modules import (
     ATTRIBUTE,
     METADATA,
     Segments,
-    is_module,
-    is_variable,
-    loaded_equinox,
     shared_below,
     shared_paths,
     walk,
 )
 from lrmult._multipliers import Multiplier, is_array, read_multiplier, show_multiplier
-from lrmult._paths import PyTree, box_types, is_nnx_module
+from lrmult._paths import PyTree
 from lrmult._patterns import escape
 from lrmult._plan import cached_plan
 from lrmult._rules import Rule, Rules
@@ -82,7 +86,7 @@ def attach(target: T, multiplier: Any) -> T:
             "or write a rule"
         )
     is_tree = not jax.tree_util.all_leaves([target])  # as a module that can be called is
-    if isinstance(target, type) or not callable(target) or is_tree or _is_linen(target):
+    if isinstance(target, type) or not callable(target) or is_tree or is_linen_module(target):
         raise RuleError(
             f"nothing can be attached to {show(target)}; pass a module or a variable of NNX, or an "
             "initializer for Linen, as in nn.Dense(4, kernel_init=lrmult.attach(init, 0.1))"
@@ -132,7 +136,7 @@ def attached_rules(model_or_params: Any) -> Rules:
     What the Wolfram Language's option `LearningRateMultipliers` of a layer is, and what reading and
     setting it by `NetExtract` and `NetReplacePart` are there.
     """
-    if _is_linen(model_or_params):
+    if is_linen_module(model_or_params):
         raise RuleError(
             f"the Linen module {type(model_or_params).__name__} carries its multipliers in its "
             "parameters; write attached_rules(params), or attached_rules(jax.eval_shape(...)) of "
@@ -161,7 +165,7 @@ def check_covered(rules: Rules, params: PyTree, structure: Structure, strict: bo
     for leaf, (pieces, meant) in enumerate(zip(plan.claims, of_carried.claims, strict=True)):
         multipliers = [carried[piece.rule].multiplier for piece in meant if piece.rule is not None]
         if any(piece.rule is None for piece in pieces) and multipliers not in ([], [1.0]):
-            path = plan.path(leaf)
+            path = plan.tree.path(leaf)
             raise RuleError(
                 f"{shorten(path)!r} carries the multiplier {show_multiplier(multipliers[0])}, but "
                 "no rule speaks of it; write rules + lrmult.attached_rules(params), with the model "
@@ -215,8 +219,3 @@ def _read(multiplier: Any, what: str) -> Multiplier:
     except LrmultError as error:
         raise type(error)(f"{what}: {error}") from None
     return read
-
-
-def _is_linen(value: Any) -> bool:
-    linen = sys.modules.get("flax.linen")
-    return linen is not None and isinstance(value, linen.Module)

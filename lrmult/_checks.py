@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from lrmult._claims import Matched, Pieces, claiming_rules
+from lrmult._claims import Matched, claiming_rules
 from lrmult._errors import (
     IndexRangeError,
     LrmultError,
@@ -23,7 +23,6 @@ def check(
     tree: ParamTree,
     matches: Matches,
     matched: Matched,
-    claims: list[Pieces],
     *,
     strict: bool,
 ) -> list[str]:
@@ -38,7 +37,7 @@ def check(
         ShadowedRuleError: if earlier rules claim all that a rule matches.
     """
     warnings = []
-    for index, error in mistakes(rules, tree, matches, matched, claims):
+    for index, error in mistakes(rules, tree, matches, matched):
         message = f"{_name(index, rules[index])}: {error}"
         if strict or not isinstance(error, UnmatchedRuleError | ShadowedRuleError):
             raise type(error)(message) from error.__cause__
@@ -47,12 +46,11 @@ def check(
 
 
 def mistakes(
-    rules: Rules, tree: ParamTree, matches: Matches, matched: Matched, claims: list[Pieces]
+    rules: Rules, tree: ParamTree, matches: Matches, matched: Matched
 ) -> Iterator[tuple[int, LrmultError]]:
     """The rules that are mistakes, and why; messages do not name the rule."""
     matching = {rule for row in set(matched.rows) for rule in row}
-    claiming = claiming_rules(claims)
-    overruled = {rule for leaf in matched.routes for rule in matched.overruled(leaf, claims[leaf])}
+    overruled = {rule for lost in matched.overruled.values() for rule in lost}
     # In a hole a rule may apply; one that has lost all that is there, if no earlier rule claims
     # all that may be in the hole too.
     in_holes = {
@@ -61,7 +59,7 @@ def mistakes(
         if index not in matching
         or not all(any(i < index and not rules[i].restrictions for i in row) for row in rows)
     }
-    heard = claiming | overruled | in_holes
+    heard = claiming_rules(matched.claims) | overruled | in_holes
     for index, rule in enumerate(rules):
         error = matches.errors.get(index, matched.errors.get(index))
         if error is None and index not in heard and not _closes(index, rules):
@@ -69,7 +67,7 @@ def mistakes(
                 error = matched.nothing.get(index, matches.unresolved.get(index))
             if error is None and not rule.optional:
                 error = (
-                    ShadowedRuleError(_explain_shadowed(index, rules, tree, matched, claims))
+                    ShadowedRuleError(_explain_shadowed(index, rules, tree, matched))
                     if index in matching
                     else UnmatchedRuleError(explain_unmatched(rule, tree))
                 )
@@ -115,20 +113,20 @@ def _closes(index: int, rules: Rules) -> bool:
     )
 
 
-def _explain_shadowed(
-    index: int, rules: Rules, tree: ParamTree, matched: Matched, claims: list[Pieces]
-) -> str:
+def _explain_shadowed(index: int, rules: Rules, tree: ParamTree, matched: Matched) -> str:
     lost = {leaf for leaf, row in enumerate(matched.rows) if index in row}
-    winners = sorted({rule for leaf in lost for rule in matched.holders(leaf, index, claims[leaf])})
+    winners = sorted({rule for leaf in lost for rule in matched.holders(leaf, index)})
     # Moving the rule up helps only if it leaves something to each of those that it then precedes.
-    left = {piece.rule for leaf, row in enumerate(claims) if leaf not in lost for piece in row}
+    left = {
+        piece.rule for leaf, row in enumerate(matched.claims) if leaf not in lost for piece in row
+    }
     for leaf in lost:
         row = (index, *(rule for rule in matched.rows[leaf] if rule != index))
         left.update(piece.rule for piece in matched.first_match(leaf, row))
     named = [_name(winner, rules[winner]) for winner in winners[:2]]
     if len(winners) > 2:
         named.append(f"{len(winners) - 2} more")
-    example = shorten(tree.text(tree.places[min(lost)] or 0))
+    example = shorten(tree.path(min(lost)))
     what = f"all {len(lost)} arrays that it matches" if len(lost) > 1 else "all that it matches"
     if any(not matched.regions(leaf, index)[0].is_whole for leaf in lost):
         what = "every element that it names"

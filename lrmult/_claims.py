@@ -12,6 +12,7 @@ from lrmult._errors import (
     LrmultError,
     MaskError,
     UnmatchedRuleError,
+    spec,
 )
 from lrmult._layouts import layer_axis, output_axis, outputs_first
 from lrmult._matching import Matches
@@ -50,9 +51,11 @@ class Matched:
 
     Attributes:
         rows: per leaf, the rules that match at least one of its elements, in order.
+        claims: per leaf, who has which elements: the first rule that matches.
+        overruled: per leaf that is shared, the rules that lost it to rules that match others of its
+            paths alone.
         errors: per rule, why it cannot be applied.
         nothing: per rule, why it matches nothing after all.
-        routes: as in `Matches`.
     """
 
     def __init__(self, rules: Rules, tree: ParamTree, matches: Matches) -> None:
@@ -60,7 +63,7 @@ class Matched:
         self._tree = tree
         self._regions = dict(matches.slices)
         self.rows = matches.rows
-        self.routes = matches.routes
+        self._routes = matches.routes
         self.errors: dict[int, LrmultError] = {}
         self.nothing: dict[int, LrmultError] = {}
         # By rule, given axis and layer: the size along the axis, and the array that has it.
@@ -88,8 +91,8 @@ class Matched:
         """The parts of an array that a rule matches."""
         return self._regions.get((leaf, rule), [WHOLE])
 
+    @functools.cached_property
     def claims(self) -> list[Pieces]:
-        """Per leaf, who has which elements: the first rule that matches."""
         # What one rule has as a whole is shared by all arrays where it is so.
         whole: dict[tuple[int, ...], Pieces] = {
             row: (Piece(row[0] if row else None),) for row in set(self.rows)
@@ -120,22 +123,25 @@ class Matched:
             pieces.append(Piece(None, WHOLE, match.left))
         return tuple(pieces)
 
-    def overruled(self, leaf: int, claims: Pieces) -> list[int]:
-        """The rules that lost a shared array to rules that match other paths of it alone."""
-        routes = self.routes.get(leaf, {})
-        winners = claiming_rules([claims])
+    @functools.cached_property
+    def overruled(self) -> dict[int, list[int]]:
+        return {leaf: self._overruled(leaf) for leaf in self._routes}
+
+    def _overruled(self, leaf: int) -> list[int]:
+        routes = self._routes[leaf].values()
+        winners = claiming_rules([self.claims[leaf]])
         found = []
-        for rule in self.rows[leaf] if routes else ():
-            here = [rules for rules in routes.values() if rule in rules]
+        for rule in self.rows[leaf]:
+            here = [rules for rules in routes if rule in rules]
             if here and rule not in winners:
-                holders = self.holders(leaf, rule, claims)
+                holders = self.holders(leaf, rule)
                 if any(not any(holder in rules for rules in here) for holder in holders):
                     found.append(rule)
         return found
 
-    def holders(self, leaf: int, rule: int, pieces: Pieces) -> set[int]:
+    def holders(self, leaf: int, rule: int) -> set[int]:
         """The rules that have the elements of an array that another rule matches."""
-        shape = self._tree.shapes[leaf]
+        shape, pieces = self._tree.shapes[leaf], self.claims[leaf]
         found: set[int] = set()
         for region in self.regions(leaf, rule):
             shared = [region.within(piece.region) for piece in pieces]
@@ -180,7 +186,7 @@ class Matched:
         if isinstance(restriction, Elements):
             if restriction.shape != shape:
                 raise MaskError(
-                    f"its mask bool[{','.join(map(str, restriction.shape))}] does not fit "
+                    f"its mask {spec(restriction.shape, 'bool')} does not fit "
                     f"{tree.show(leaf)}; {self._fitting(restriction.shape, rule)}"
                 )
             return restriction.region

@@ -61,7 +61,7 @@ def show(value: Any) -> str:
     """How a message shows an object that somebody passed: on one line, without addresses."""
     is_class = isinstance(value, type)
     if not is_class and hasattr(value, "dtype") and getattr(value, "shape", ()) != ():
-        return f"an array {value.dtype}[{','.join(map(str, value.shape))}]"
+        return f"an array {spec(value.shape, value.dtype)}"
     if callable(value) and hasattr(value, "__qualname__"):
         kind = "class" if is_class else "function"
         return f"the {kind} {value.__qualname__}"
@@ -70,6 +70,11 @@ def show(value: Any) -> str:
     except Exception:
         return f"an object of type {type(value).__name__}"
     return shorten(re.sub(r" at 0x[0-9a-f]+", "", text))
+
+
+def spec(shape: Iterable[int], dtype: Any) -> str:
+    """How a message shows a shape and a dtype: ``float32[10,4]``."""
+    return f"{dtype}[{','.join(map(str, shape))}]"
 
 
 def listing(names: Iterable[str], most: int = 6) -> str:

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrmult._errors import FrozenError, RuleError, listing
+from lrmult._errors import FrozenError, RuleError, listing, spec
+from lrmult._libraries import is_nnx_module, is_variable, loaded_nnx
 from lrmult._parts import Parts
-from lrmult._paths import ParamTree, PyTree, is_array, is_nnx_module, loaded_nnx
+from lrmult._paths import ParamTree, PyTree, is_array
 from lrmult._plan import cached_plan, warned
 from lrmult._rules import Rules, RulesLike
 from lrmult._running import RunTime
@@ -150,19 +151,16 @@ def _by_path(tree: PyTree, leaves: Sequence[Any]) -> dict[str, Any]:
 
 def _variables(tree: PyTree) -> set[int]:
     """The NNX variables in a tree, by identity."""
-    nnx = loaded_nnx()
-    if nnx is None:
-        return set()
-    nodes = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, nnx.Variable))
-    return {id(node) for node in nodes if isinstance(node, nnx.Variable)}
+    nodes = jax.tree.leaves(tree, is_leaf=is_variable)
+    return {id(node) for node in nodes if is_variable(node)}
 
 
 def _compare(path: str, before: Any, after: Any, frozen: Any) -> None:
     """Raise if one of the elements that are frozen is not what it was."""
     then, now = (_on_host(path, each) for each in (before, after))
-    name = f"{path!r} {then.dtype}[{','.join(map(str, then.shape))}]"
+    name = f"{path!r} {spec(then.shape, then.dtype)}"
     if (then.shape, then.dtype) != (now.shape, now.dtype):
-        seen = f"{now.dtype}[{','.join(map(str, now.shape))}]"
+        seen = spec(now.shape, now.dtype)
         raise FrozenError(f"{name} became {seen}; the parameters must keep shapes and dtypes")
     if frozen is False:
         return

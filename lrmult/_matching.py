@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,6 @@ import numpy as np
 
 from lrmult._automaton import Automaton, bits
 from lrmult._errors import (
-    IndexRangeError,
     LrmultError,
     PositionError,
     RuleError,
@@ -20,18 +19,13 @@ from lrmult._errors import (
     shorten,
     show,
 )
+from lrmult._of_type import OfType
+from lrmult._orders import Orders
 from lrmult._paths import ParamTree
 from lrmult._patterns import Pattern, show_position
-from lrmult._positions import (
-    Family,
-    UnknowablePositionError,
-    base_names,
-    family_of,
-    order_of,
-    stems,
-)
+from lrmult._positions import UnknowablePositionError, base_names, stems
 from lrmult._regions import Region, boxes
-from lrmult._targets import OfType, Selector
+from lrmult._targets import Selector
 
 
 @dataclasses.dataclass
@@ -183,8 +177,7 @@ class _Walk:
         self._resolved: dict[int, int] = {}  # node -> the states that a position leads to there
         self._accepted: dict[int, tuple[int, ...]] = {}  # the rules of accepting states
         self._merged: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[int, ...]] = {}
-        self._orders: dict[int, Family | PositionError] = {}
-        self._groups: dict[int, dict[str, list[str]]] = {}
+        self._orders = Orders(tree)
 
     def run(self) -> None:
         """Visit every node."""
@@ -204,7 +197,7 @@ class _Walk:
                 self._follow(node, None, bit)
             by_name = states & automaton.indexed
             if by_name:
-                for name in self._countable(node):
+                for name in self._orders.countable(node):
                     for bit in bits(by_name & expecting[name]):
                         self._follow(node, name, bit)
                 states ^= by_name
@@ -275,7 +268,9 @@ class _Walk:
         """Follow one position from a node to the nodes that it means."""
         [rule] = self.automaton.rules_of(bit)
         try:
-            above, children, family = self._family(node, name, rule)
+            if name is not None and self.tree.children[node].get(name) in self.tree.holes:
+                self.note_hole(rule, node)
+            above, children, family = self._orders.counted(node, name)
             if family is None:
                 return
             what = repr(shorten(self.tree.text(above))) if above else "the root"
@@ -302,105 +297,3 @@ class _Walk:
             known = self.unresolved.setdefault(rule, error)
             if type(known) is PositionError and type(error) is not PositionError:
                 self.unresolved[rule] = error
-
-    def _family(
-        self, node: int, name: str | None, rule: int
-    ) -> tuple[int, Mapping[str, int], Family | None]:
-        """What a position counts: the node that it stands below, the children there, their order.
-
-        These are the layers or the children of the node (`name` is None), else those of its child
-        of that name if they have an order, else the children called by that name and a number.
-
-        Raises:
-            PositionError: if these have no order.
-        """
-        tree = self.tree
-        children, holes = tree.children[node], tree.holes
-        child = node if name is None else children.get(name)
-        no_order = None
-        if child in holes:
-            self.note_hole(rule, node)
-        if child is not None and (child not in holes or child in tree.order):
-            try:
-                return child, tree.layers.get(child, tree.children[child]), self._order(child)
-            except PositionError as error:
-                no_order = error
-        family = None
-        if name is not None:
-            family = family_of(self._names(node), name, self._stems(node), tree.text(node))
-        if no_order and family is None:
-            raise no_order
-        return node, children, family
-
-    def _countable(self, node: int) -> Iterable[str]:
-        """The names below a node that a position may follow: of children, and of families."""
-        bases = itertools.chain.from_iterable(map(base_names, self._stems(node)))
-        return dict.fromkeys([*self._names(node), *filter(None, bases)])
-
-    def _names(self, node: int) -> Collection[str]:
-        """The names of the children of a node, layers without parameters among them."""
-        given = self.tree.order.get(node, ())
-        return (
-            dict.fromkeys([*self.tree.children[node], *given])
-            if given
-            else self.tree.children[node]
-        )
-
-    def _order(self, node: int) -> Family:
-        if node not in self._orders:
-            try:
-                self._orders[node] = self._find_order(node)
-            except PositionError as error:
-                self._orders[node] = error
-        order = self._orders[node]
-        if isinstance(order, PositionError):
-            raise order
-        return order
-
-    def _find_order(self, node: int) -> Family:
-        children = self.tree.children[node]
-        if self.tree.layers.get(node) == {}:
-            raise IndexRangeError(f"{shorten(self.tree.text(node))!r} is a stack of no layers")
-        if node in self.tree.layers:
-            return Family({int(number): number for number in self.tree.layers[node]})
-        given = self.tree.order.get(node)
-        if not children and not given:
-            raise PositionError(self._childless(node))
-        try:
-            path = self.tree.text(node)
-            remedy = self.tree.remedy.replace("{path}", repr(shorten(path)))
-            # Of the arrays of one layer alone, no model tells an order.
-            is_layer = node and not any(map(self._holds, children.values()))
-            return order_of(children, given, path, None if is_layer else remedy)
-        except PositionError as error:
-            error.node = node
-            raise
-
-    def _holds(self, node: int) -> bool:
-        return bool(self.tree.children[node])
-
-    def _childless(self, node: int) -> str:
-        if not node:
-            return "the tree is empty or a bare array, and has no children for a position to count"
-        leaves = [leaf for leaf, place in self.tree.arrays() if place == node]
-        for known in (self.tree.aliases, self.tree.slices):
-            leaves += [leaf for leaf, others in known.items() if node in others]
-        if not leaves:
-            seen = f"{shorten(self.tree.text(node))!r} holds no array, and"
-            return f"{seen} has no children for a position to count"
-        if leaves[0] in self.tree.slices:
-            layer = self.tree.text(next(iter(self.tree.slices[leaves[0]])))
-            return (
-                f"{self.tree.show(leaves[0])} is an array in a stack of layers; its layers are "
-                f"counted at the node that is stacked, as in {layer!r}"
-            )
-        return (
-            f"{self.tree.show(leaves[0])} is an array, and has no children for a position to "
-            "count; leave the position out for the whole array, or write lrmult.rows(target, "
-            "index) or lrmult.along(target, axis, index) for part of it"
-        )
-
-    def _stems(self, node: int) -> dict[str, list[str]]:
-        if node not in self._groups:
-            self._groups[node] = stems(self._names(node))
-        return self._groups[node]

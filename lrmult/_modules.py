@@ -1,13 +1,10 @@
-"""Modules of NNX and Equinox: what they hold, by name, in the order in which it was defined.
+"""Modules of NNX and Equinox: what they hold, by name, in the order in which it was defined."""
 
-No library is imported here: a model of one can only be there if it is imported already.
-"""
-
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
-from lrmult._paths import box_types, children_of, entries, is_array, loaded_nnx
+from lrmult._libraries import box_types, is_variable, loaded_equinox, loaded_nnx
+from lrmult._paths import children_of, entries, is_array
 
 Segments: TypeAlias = tuple[str, ...]
 
@@ -15,31 +12,6 @@ Segments: TypeAlias = tuple[str, ...]
 # The latter is named like NNX's own, so that the modules that are containers do not list it.
 METADATA = "lr_mult"
 ATTRIBUTE = "_pytree__lr_mult"
-
-
-def loaded_equinox() -> Any:
-    """`equinox`, if it is imported; None if not."""
-    return sys.modules.get("equinox")
-
-
-def is_module(value: Any) -> bool:
-    """Whether it is a module of NNX or Equinox."""
-    nnx, equinox = loaded_nnx(), loaded_equinox()
-    kinds = [library.Module for library in (nnx, equinox) if library is not None]
-    return isinstance(value, (*kinds,))
-
-
-def type_of_members() -> tuple[type, ...]:
-    """The base classes of modules and variables, of those libraries that are imported."""
-    nnx, equinox = loaded_nnx(), loaded_equinox()
-    found = [library.Module for library in (nnx, equinox) if library is not None]
-    return (*found, nnx.Variable) if nnx is not None else (*found,)
-
-
-def is_variable(value: Any) -> bool:
-    """Whether it is a variable of NNX."""
-    nnx = loaded_nnx()
-    return nnx is not None and isinstance(value, nnx.Variable)
 
 
 def members(value: Any) -> dict[str, Any]:

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrmult._errors import MultiplierError, show
+from lrmult._errors import MultiplierError, show, spec
+from lrmult._schedules import During
 
 Schedule: TypeAlias = Callable[[Any], Any]
 
@@ -92,7 +93,7 @@ def _read_array(value: jax.Array) -> jax.Array:
     real = jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)
     if value.ndim == 0 and real:
         return value
-    seen = f"an array {value.dtype}[{','.join(map(str, value.shape))}]"
+    seen = f"an array {spec(value.shape, value.dtype)}"
     remedy = "write an array of one real number, of shape ()"
     if value.ndim:
         remedy = "a rule gives one multiplier; write one rule for each part, as with lrmult.along"
@@ -140,7 +141,9 @@ def show_multiplier(multiplier: Any) -> str:
     if isinstance(multiplier, Dynamic):
         return multiplier.text
     if is_array(multiplier):
-        return f"run-time {multiplier.dtype}[{','.join(map(str, multiplier.shape))}]"
+        return f"run-time {spec(multiplier.shape, multiplier.dtype)}"
+    if isinstance(multiplier, During):
+        return str(multiplier)
     if is_schedule(multiplier):
         name = getattr(multiplier, "__qualname__", type(multiplier).__name__)
         return f"schedule {name.replace('.<locals>', '').removesuffix('.<lambda>')}"

@@ -7,7 +7,6 @@ in the package looks at JAX key paths.
 import collections
 import functools
 import itertools
-import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeAlias
 
@@ -15,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from optax import MaskedNode
 
-from lrmult._errors import RuleError, shorten
+from lrmult._errors import RuleError, shorten, spec
+from lrmult._libraries import box_types, loaded_equinox
 from lrmult._patterns import escape
 
 PyTree: TypeAlias = Any
@@ -46,7 +46,7 @@ class ParamTree:
             of them the nodes that stand for its layers, by number. Only positions lead there.
         slices: per leaf below such nodes, the nodes that stand for slices of it, each with an index
             for some of its axes.
-        remedy: what to do where children have no order.
+        is_read: whether facts were read from a model, not only given by hand.
     """
 
     def __init__(self, params: PyTree) -> None:
@@ -61,7 +61,7 @@ class ParamTree:
         self.dtypes: list[Any] = []
         self.aliases: dict[int, list[int]] = {}
         self.order: dict[int, tuple[str, ...]] = {}
-        self.remedy = "pass structure=lrmult.structure_of(model), which knows it"
+        self.is_read = False
         self.layers: dict[int, dict[str, int]] = {}
         self.slices: dict[int, dict[int, dict[int, int]]] = {}
         self._stacked: set[int] = set()  # the nodes that stand for layers
@@ -153,7 +153,7 @@ class ParamTree:
         Returns:
             For each, the number of axes of its weight.
         """
-        nn = getattr(sys.modules.get("equinox"), "nn", None)
+        nn = getattr(loaded_equinox(), "nn", None)
         if nn is None:
             return {}
         linear, convolution = nn.Linear, (nn.Conv, nn.ConvTranspose)
@@ -260,6 +260,10 @@ class ParamTree:
                 text += ("/" if text else "") + escape(self.names[each])
         return text
 
+    def path(self, leaf: int) -> str:
+        """The path of an array."""
+        return self.text(self.places[leaf] or 0)
+
     def raw_text(self, node: int) -> str:
         """The path with nothing escaped: what a regular expression sees."""
         return "/".join(self.names[each] for each in self.line(node)[1:])
@@ -274,9 +278,8 @@ class ParamTree:
 
     def show(self, leaf: int) -> str:
         """How a message shows an array: ``'head/bias' float32[10]``."""
-        path = shorten(self.text(self.places[leaf] or 0))
-        shape = ",".join(map(str, self.shapes[leaf]))
-        return (f"{path!r} " if path else "the array ") + f"{self.dtypes[leaf]}[{shape}]"
+        path = shorten(self.path(leaf))
+        return (f"{path!r} " if path else "the array ") + spec(self.shapes[leaf], self.dtypes[leaf])
 
     @property
     def nodes(self) -> range:
@@ -355,27 +358,6 @@ def shape_and_dtype(leaf: Any) -> tuple[tuple[int, ...], Any]:
 def is_array(leaf: Any) -> bool:
     """Whether something is an array or a number."""
     return shape_and_dtype(leaf)[1] is not None
-
-
-def loaded_nnx() -> Any:
-    """`flax.nnx`, if it is imported; None if not."""
-    return sys.modules.get("flax.nnx")
-
-
-def is_nnx_module(tree: Any) -> bool:
-    """Whether it is a module of NNX, which is changed in place."""
-    nnx = loaded_nnx()
-    return nnx is not None and isinstance(tree, nnx.Module)
-
-
-def box_types() -> tuple[type, ...]:
-    """The classes that hold an array under ``value``, of those libraries that are imported."""
-    found = []
-    for module, name in (("flax.nnx", "Variable"), ("flax.core.meta", "AxisMetadata")):
-        box = getattr(sys.modules.get(module), name, None)
-        if isinstance(box, type):
-            found.append(box)
-    return tuple(found)
 
 
 def children_of(node: PyTree) -> dict[tuple[str, ...], Any]:

@@ -151,6 +151,17 @@ def _show_names(step: Names | Indexed) -> str:
     return "{" + ",".join(name.replace(",", r"\,") for name in shown) + "}"
 
 
+def literal_path(text: str) -> tuple[str, ...] | None:
+    """The names along a path, without escapes; None if it has a wildcard or a position.
+
+    Raises:
+        PatternError: if it cannot be read.
+    """
+    steps = parse(text).steps
+    names = [step for step in steps if isinstance(step, Names) and step.is_literal]
+    return tuple(name.alternatives[0][0] for name in names) if len(names) == len(steps) else None
+
+
 def pattern_from_tuple(parts: tuple[Any, ...]) -> Pattern:
     """Read ``("encoder", 2, "weight")``: literal names, positions, and ``...`` for any depth."""
     if not parts:

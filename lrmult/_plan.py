@@ -12,13 +12,15 @@ import optax
 
 from lrmult._checks import check
 from lrmult._claims import Matched, Pieces
+from lrmult._libraries import is_nnx_module
 from lrmult._matching import match
 from lrmult._multipliers import Multiplier
 from lrmult._parts import Values, frozen_of, values_of
-from lrmult._paths import ParamTree, PyTree, is_nnx_module, shape_and_dtype
+from lrmult._paths import ParamTree, PyTree, shape_and_dtype
 from lrmult._rules import Rules, RulesLike, show_rule
 from lrmult._scaling import Scales, is_frozen, scales_of
-from lrmult._structure import Structure, add_structure, read_structure, tied_by_accident
+from lrmult._structure import Structure, read_structure
+from lrmult._structured import add_structure, tied_by_accident
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -89,7 +91,7 @@ class Plan:
         self.overruled = overruled
         self.warnings: tuple[str, ...] = tuple(warnings)
         self.shapes: tuple[tuple[int, ...], ...] = tuple(tree.shapes)
-        self._tree = tree
+        self.tree = tree
 
     def _per_leaf(
         self, make: Callable[[tuple[int, ...], Pieces, list[Multiplier]], Any]
@@ -155,7 +157,7 @@ class Plan:
         return tuple(
             [
                 node is not None and not is_frozen(scales)
-                for node, scales in zip(self._tree.places, self.scales, strict=True)
+                for node, scales in zip(self.tree.places, self.scales, strict=True)
             ]
         )
 
@@ -163,10 +165,10 @@ class Plan:
     def leaves(self) -> tuple[LeafPlan, ...]:
         """One record per array, in the order of `jax.tree.leaves`."""
         claims = [Claim(i, show_rule(*rule)) for i, rule in enumerate(self.rules)]
-        return tuple([self._leaf(index, node, claims) for index, node in self._tree.arrays()])
+        return tuple([self._leaf(index, node, claims) for index, node in self.tree.arrays()])
 
     def _leaf(self, index: int, node: int, claims: list[Claim]) -> LeafPlan:
-        tree, pieces = self._tree, self.claims[index]
+        tree, pieces = self.tree, self.claims[index]
         size = math.prod(tree.shapes[index])
         frozen = sum(
             size if piece.count is None else piece.count
@@ -185,14 +187,10 @@ class Plan:
             frozen=frozen,
         )
 
-    def path(self, leaf: int) -> str:
-        """The path of a leaf that is an array, as `paths` lists it."""
-        return self._tree.text(self._tree.places[leaf] or 0)
-
     def __rich__(self) -> Any:
         from lrmult._report import table
 
-        return table(self, self._tree)
+        return table(self, self.tree)
 
     def __str__(self) -> str:
         from lrmult._report import render
@@ -277,7 +275,7 @@ def warned(plan: Plan, params: PyTree = None) -> Plan:
     tied = None
     # A module of NNX shares arrays on purpose, and lookahead's parameters are to come apart.
     if not (is_nnx_module(params) or isinstance(params, optax.LookaheadParams)):
-        tied = tied_by_accident(plan._tree, jax.tree.leaves(params), plan.trains)
+        tied = tied_by_accident(plan.tree, jax.tree.leaves(params), plan.trains)
     for message in (*plan.warnings, *filter(None, [tied])):
         warnings.warn(message, stacklevel=3)
     return plan
@@ -358,7 +356,5 @@ def _compile(rules: Rules, params: PyTree, structure: Structure, strict: bool) -
     add_structure(tree, structure)
     matches = match([rule.selector for rule in rules], tree)
     matched = Matched(rules, tree, matches)
-    claims = matched.claims()
-    passed = check(rules, tree, matches, matched, claims, strict=strict)
-    overruled = {leaf: matched.overruled(leaf, claims[leaf]) for leaf in matched.routes}
-    return Plan(rules, structure, tree, claims, overruled, passed)
+    passed = check(rules, tree, matches, matched, strict=strict)
+    return Plan(rules, structure, tree, matched.claims, matched.overruled, passed)

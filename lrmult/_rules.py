@@ -5,7 +5,7 @@ import functools
 import itertools
 import numbers
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 from lrmult._errors import LrmultError, MultiplierError, RuleError, shorten, show
 from lrmult._multipliers import (
@@ -16,8 +16,8 @@ from lrmult._multipliers import (
     read_multiplier,
     show_multiplier,
 )
+from lrmult._of_type import OfType
 from lrmult._targets import (
-    OfType,
     Part,
     Restriction,
     Selector,
@@ -25,6 +25,9 @@ from lrmult._targets import (
     read_target,
     show_target,
 )
+
+if TYPE_CHECKING:
+    from lrmult._structure import Structure
 
 RulesLike: TypeAlias = "Rules | Iterable[Any] | Mapping[Any, Any] | float"
 
@@ -165,6 +168,89 @@ class Rules(Sequence[Rule]):
                 rule = dataclasses.replace(rule, multiplier=stand_in)
             found.append(rule)
         return Rules(found)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Write the rules as dicts, lists, text, numbers and booleans.
+
+        Those can be written to JSON, YAML and TOML, and kept beside the configuration of an
+        experiment; `from_dict` and `load_rules` give the same rules back. ::
+
+            {"rules": [RULE, ...]}
+
+            RULE        {"target": TARGET, "multiplier": MULTIPLIER}, with or without PART and
+                        "optional": true; from_dict takes {"recipe": name, ...} too
+            TARGET      text               a path or a pattern: "encoder/layers[:4]"
+                        int                a child of the root by position
+                        {"path": [...]}    names, ints and these tables, as in a tuple
+                        {"slice": "0:4"}   children of the root by position
+                        {"regex": text}    with or without "flags": some letters of "aimsx"
+                        {"everything": true}
+                        {"types": text, "paths": [...]}    what `of_type` found
+                        {"target": TARGET, PART}           a part, of which the rule has a part
+            PART        "rows": INDEX, or "axis": int, "index": INDEX, or "neurons": INDEX with or
+                        without "axis": int, or "elements": MASK
+            INDEX       int, list of ints or of booleans, or a slice as text: "-10:", "0:12:2"
+            MASK        lists of booleans, or {"shape": [...], "bits": base64 of packed bits}
+            MULTIPLIER  a number, "frozen" (in JSON and YAML null too), or the schedule
+                        {"multiplier": number, "start": int, "stop": int} (see `During`)
+
+        The arguments of a recipe stand beside its name; `params` is not among them. Targets are
+        written as above, and groups as lists of targets and of lists of targets, or as what
+        `lrmult.recipes.depths` takes: ``{"stack": "encoder/layers", "below": [...], "above":
+        [...]}``.
+
+        Returns:
+            A dict of new objects.
+
+        Raises:
+            PatternError: if a target is a predicate.
+            MultiplierError: if a multiplier is a function or an array.
+
+        Example:
+            >>> import lrmult as lm
+            >>> rules = lm.Rules([("encoder", None), (lm.rows("embed", slice(-10, None)), 10)])
+            >>> for rule in rules.to_dict()["rules"]:
+            ...     print(rule)
+            {'target': 'encoder', 'multiplier': 'frozen'}
+            {'target': 'embed', 'rows': '-10:', 'multiplier': 10.0}
+        """
+        from lrmult._rule_files import write_rules
+
+        return write_rules(self)
+
+    @classmethod
+    def from_dict(
+        cls, data: Any, params: Any = None, *, structure: "Structure | None" = None
+    ) -> "Rules":
+        """Read what `to_dict` writes.
+
+        Args:
+            data: a dict as described there, or the list in it. Tables may be dicts, dataclasses, or
+                `ml_collections.ConfigDict`.
+            params: the parameters, or their shapes; for recipes that are called by name.
+            structure: as for `compile_rules`; for these too.
+
+        Returns:
+            The rules.
+
+        Raises:
+            RuleError: if it is something else.
+            LrmultError: as `Rules` and the recipes do.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> import lrmult as lm
+            >>> params = {"layers": [jnp.ones(2), jnp.ones(2)], "head": jnp.ones(1)}
+            >>> lm.Rules.from_dict(
+            ...     [{"recipe": "layer_decay", "decay": 0.5,
+            ...       "depths": {"stack": "layers", "above": ["head"]}}],
+            ...     params,
+            ... )
+            optional([('layers/0', 0.25), ('layers/1', 0.5), ('head', 1.0)])
+        """
+        from lrmult._rule_files import read_rules
+
+        return read_rules(data, params, structure)
 
     def __len__(self) -> int:
         return len(self._rules)

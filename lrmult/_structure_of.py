@@ -1,24 +1,20 @@
 """Facts about a model, read from the model."""
 
 import itertools
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from lrmult._errors import PositionError, RuleError, show
-from lrmult._modules import (
-    Segments,
+from lrmult._libraries import (
+    is_linen_module,
     is_module,
     is_variable,
-    keeps_its_order,
     loaded_equinox,
-    members,
-    shared_paths,
-    walk,
+    loaded_nnx,
 )
-from lrmult._paths import loaded_nnx
+from lrmult._modules import Segments, keeps_its_order, members, shared_paths, walk
 from lrmult._patterns import escape
 from lrmult._positions import natural_order
 from lrmult._structure import Structure
@@ -80,8 +76,7 @@ def structure_of(model: Any, *args: Any, **kwargs: Any) -> Structure:
                 "Linen modules"
             )
         return _structure_of_module(model)
-    linen = _loaded_linen()
-    if linen is not None and isinstance(model, linen.Module):
+    if is_linen_module(model):
         if not args:
             raise RuleError(
                 f"the Linen module {type(model).__name__} shows its layers when it is called: "
@@ -94,10 +89,6 @@ def structure_of(model: Any, *args: Any, **kwargs: Any) -> Structure:
         f"{show(model)} is no module of NNX, Linen or Equinox; a parameter tree does not tell its "
         "structure: pass the model, or write lrmult.Structure(order=..., shared=..., stacked=...)"
     )
-
-
-def _loaded_linen() -> Any:
-    return sys.modules.get("flax.linen")
 
 
 def make_structure(

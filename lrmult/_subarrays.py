@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
+from lrmult._errors import spec
 from lrmult._paths import shape_and_dtype
 from lrmult._scaling import explicit_sharding
 
@@ -62,17 +63,30 @@ class SubArray:
         seen = f"cannot take {spec(shape, dtype)}"
         if shape != self.shape(array):
             return f"{seen}: shapes must agree"
-        lists = [places for places in self.places.values() if not isinstance(places, int)]
-        if any(len(set(places)) < len(places) for places in lists):
-            return "is named with one place twice, and cannot take two values there"
-        if kind_of(dtype_of(array)) != kind_of(dtype):
-            return f"{seen}: that is another kind of dtype; cast it first, as with x.astype(...)"
         is_shape = [isinstance(each, jax.ShapeDtypeStruct) for each in (array, value)]
         if is_shape[1] and not is_shape[0]:
             return "cannot take a ShapeDtypeStruct, which has no numbers; pass an array"
         if is_shape[0] and not is_shape[1] and not self.is_whole:
             return "is a ShapeDtypeStruct, of which no part can be set"
+        if self._names_twice and not any(is_shape) and not self._agrees(array, value):
+            return "is named with one place twice, and cannot take two values there"
+        if kind_of(dtype_of(array)) != kind_of(dtype):
+            return f"{seen}: that is another kind of dtype; cast it first, as with x.astype(...)"
         return None
+
+    @property
+    def _names_twice(self) -> bool:
+        lists = [places for places in self.places.values() if not isinstance(places, int)]
+        return any(len(set(places)) < len(places) for places in lists)
+
+    def _agrees(self, array: Any, value: Any) -> bool:
+        """Whether a value has the same wherever one place is named again; False if unknown."""
+        if isinstance(value, jax.core.Tracer) or not isinstance(dtype_of(value), np.dtype):
+            return False
+        given = np.asarray(value).reshape(-1)
+        last = np.zeros(np.shape(array), np.intp)
+        last[self._index(array)] = np.arange(given.size).reshape(self._sizes(array))
+        return bool(given[last[self._index(array)].reshape(-1)].tobytes() == given.tobytes())
 
     def put(self, array: Any, value: Any) -> Any:
         """A copy of the array with other values in the part, of the same kind and in its place."""
@@ -162,8 +176,3 @@ def kind_of(dtype: Any) -> Any:
         if jnp.issubdtype(dtype, kind):
             return name
     return "bool" if dtype == np.bool_ else dtype
-
-
-def spec(shape: tuple[int, ...], dtype: Any) -> str:
-    """How a message shows an array."""
-    return f"{dtype}[{','.join(map(str, shape))}]"

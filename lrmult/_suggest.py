@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 
 from lrmult._errors import PatternError, listing, shorten
 from lrmult._matching import find
+from lrmult._of_type import OfType
 from lrmult._paths import ParamTree
 from lrmult._patterns import (
     ANY_DEPTH,
@@ -23,7 +24,7 @@ from lrmult._patterns import (
 )
 from lrmult._positions import base_names, stems
 from lrmult._rules import Rule
-from lrmult._targets import OfType, show_target, whole_target
+from lrmult._targets import show_target, whole_target
 
 _MOST = 2
 _CUTOFF = 0.7

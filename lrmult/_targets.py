@@ -7,20 +7,14 @@ import hashlib
 import numbers
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias, cast
 
 import jax
 import numpy as np
 
-from lrmult._errors import AxisError, LrmultError, MaskError, PatternError, shorten, show
-from lrmult._modules import (
-    Segments,
-    shared_below,
-    shared_paths,
-    type_of_members,
-    walk,
-)
+from lrmult._errors import AxisError, LrmultError, MaskError, PatternError, shorten, show, spec
+from lrmult._of_type import OfType
 from lrmult._patterns import (
     ANY_DEPTH,
     At,
@@ -35,17 +29,6 @@ from lrmult._patterns import (
 from lrmult._regions import Flags, Index, Region, Shape, factor
 
 Predicate: TypeAlias = Callable[[str, jax.ShapeDtypeStruct], bool]
-
-
-@dataclasses.dataclass(frozen=True, repr=False)
-class OfType:
-    """The nodes of a model that are of some type, and all below them, by their paths."""
-
-    paths: frozenset[Segments]
-    text: str = dataclasses.field(compare=False)
-
-    def __repr__(self) -> str:
-        return self.text
 
 
 Selector: TypeAlias = Pattern | re.Pattern[str] | Predicate | OfType
@@ -84,11 +67,19 @@ Restriction: TypeAlias = Along | Neurons | Elements
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Part:
-    """A target that speaks of part of what another target speaks of."""
+    """A target that speaks of part of what another target speaks of.
+
+    Attributes:
+        target: the other target.
+        restriction: the part.
+        text: how messages show it.
+        by_rows: whether it was written with `rows`, which is `along` the first axis.
+    """
 
     target: Target
     restriction: Restriction
     text: str
+    by_rows: bool = False
 
     def __repr__(self) -> str:
         return self.text
@@ -159,7 +150,8 @@ def rows(target: Target, index: Any) -> Part:
     """
     with _reading("rows", target, index):
         read = Along(0, _read_index(index))
-    return Part(target, read, f"rows({show_target(target)}, {_show_index(read.index)})")
+    text = f"rows({show_target(target)}, {_show_index(read.index)})"
+    return Part(target, read, text, by_rows=True)
 
 
 def neurons(target: Target, index: Any, axis: int | None = None) -> Part:
@@ -240,61 +232,8 @@ def elements(target: Target, mask: Any) -> Part:
             )
     digest = hashlib.blake2b(np.packbits(found).tobytes()).digest()
     region = factor(found) if found.any() or found.size == 0 else None
-    text = f"elements({show_target(target)}, bool[{','.join(map(str, found.shape))}])"
+    text = f"elements({show_target(target)}, {spec(found.shape, 'bool')})"
     return Part(target, Elements(found.shape, digest, region), text)
-
-
-def of_type(model: Any, kind: type | tuple[type, ...]) -> OfType:
-    """Name the arrays that belong to a type of variable, or to a class of module.
-
-    Args:
-        model: a module of NNX or Equinox, or an NNX state (which knows types of variables only).
-        kind: a type of NNX variable such as `flax.nnx.LoRAParam`, or a class of module such as
-            `flax.nnx.LayerNorm` or `equinox.nn.Linear`, of which all arrays are meant, those of
-            modules inside it too; or a tuple of some. Subclasses count.
-
-    Returns:
-        A target for a rule: the exact paths that were found in that model.
-
-    Raises:
-        PatternError: if `model` is no such model, or `kind` no such type. That nothing of the type
-            is there is an UnmatchedRuleError from `compile_rules`, as for any other target.
-
-    Example:
-        >>> import lrmult as lm
-        >>> from flax import nnx
-        >>> rngs = nnx.Rngs(0)
-        >>> model = nnx.Sequential(nnx.Linear(4, 4, rngs=rngs), nnx.LayerNorm(4, rngs=rngs))
-        >>> rules = [(lm.of_type(model, nnx.LayerNorm), 2), (..., None)]
-        >>> plan = lm.compile_rules(rules, nnx.state(model))
-        >>> [leaf.path for leaf in plan.leaves if leaf.trained]
-        ['layers/1/bias', 'layers/1/scale']
-    """
-    kinds = kind if isinstance(kind, tuple) else (kind,)
-    known = type_of_members()
-    names = " or ".join(getattr(each, "__name__", show(each)) for each in kinds)
-    for each in kinds or ((),):
-        if not isinstance(each, type) or not issubclass(each, known):
-            raise PatternError(
-                f"of_type(model, {names}): {show(each)} is neither a type of NNX variable nor a "
-                "class of NNX or Equinox modules; for parameters of other libraries write a "
-                "pattern, such as '**/LayerNorm_*'"
-            )
-    inside = [*walk(model)] if isinstance(model, (*known, Mapping)) else []
-    if not any(isinstance(value, known) for _, value in inside) and not _is_empty(model):
-        raise PatternError(
-            f"of_type({show(model)}, {names}): that is no module of NNX or Equinox; pass the model "
-            "itself (a parameter tree has forgotten what its arrays are of; those of Linen and "
-            "Haiku are told by their names: write a pattern, such as '**/LayerNorm_*')"
-        )
-    found = {path for path, value in inside if isinstance(value, kinds)}
-    groups = shared_paths(model)  # the tree may have them elsewhere
-    found.update(each for path in [*found] for each in shared_below(path, groups))
-    return OfType(frozenset(found), f"of_type({names})")
-
-
-def _is_empty(model: Any) -> bool:
-    return isinstance(model, Mapping) and not model
 
 
 @contextlib.contextmanager
@@ -354,7 +293,7 @@ def _read_index(index: Any) -> Index:
     if found is not None and found.dtype.kind in "iu" and found.ndim < 2:
         return tuple(found.tolist()) if found.ndim else int(found)
     if found is not None and found.dtype.kind in "fciu" and found.ndim > 0:
-        seen = f"{found.dtype}[{','.join(map(str, found.shape))}]"
+        seen = spec(found.shape, found.dtype)
         raise PatternError(f"an array {seen} is no index; write ints or bools, along one axis")
     raise PatternError(
         f"{_seen(index)} is no index; write an int, a slice, a list of ints or a boolean vector, "

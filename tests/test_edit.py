@@ -279,7 +279,11 @@ def test_an_index_that_names_a_place_twice():
     target = lm.rows("w", [2, 0, -1])
     assert lm.extract(params, target).tolist() == [2, 0, 2]
     assert_same(lm.replace(params, target, lm.extract(params, target)), params)
-    assert lm.replace(params, target, [7, 8, 7])["w"].tolist() == [8, 1, 7]
+    assert lm.replace(params, target, [7.0, 8.0, 7.0])["w"].tolist() == [8, 1, 7]
+    with pytest.raises(lm.RuleError, match="one place twice, and cannot take two values there"):
+        lm.replace(params, target, [7.0, 8.0, 9.0])
+    with pytest.raises(lm.RuleError, match="one place twice"):
+        jax.jit(lambda value: lm.replace(params, target, value))(jnp.ones(3))
 
 
 NAMES = st.text("ab0_*[]{}\\~ .é/", min_size=1, max_size=3)

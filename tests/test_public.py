@@ -16,15 +16,20 @@ ORDER = (
     "_patterns",
     "_regions",
     "_layouts",
+    "_libraries",
     "_paths",
     "_modules",
+    "_of_type",
     "_positions",
     "_targets",
+    "_schedules",
     "_multipliers",
     "_rules",
     "_structure",
     "_linen",
     "_structure_of",
+    "_structured",
+    "_orders",
     "_automaton",
     "_matching",
     "_claims",
@@ -33,17 +38,26 @@ ORDER = (
     "_parts",
     "_scaling",
     "_plan",
+    "recipes",
+    "_rule_files",
     "_attached",
     "_report",
+    "_plots",
     "_running",
     "_transform",
+    "_decay",
     "_freezing",
     "_view",
     "_states",
     "_wrap",
     "_migrate",
     "_subarrays",
+    "_resolving",
     "_edit",
+    "_checkpoints",
+    "_command_line",
+    "__main__",
+    "_api",
     "__init__",
 )
 
@@ -52,6 +66,7 @@ def test_the_public_names():
     assert sorted(lm.__all__) == [
         "AxisError",
         "Claim",
+        "During",
         "FrozenError",
         "IndexRangeError",
         "LeafPlan",
@@ -76,14 +91,17 @@ def test_the_public_names():
         "elements",
         "extract",
         "graft",
+        "load_rules",
         "migrate",
         "neurons",
         "of_type",
         "optional",
         "paths",
+        "recipes",
         "replace",
         "rows",
         "scale_by_rules",
+        "scale_decay",
         "stop_frozen",
         "structure_of",
         "trainable_mask",
@@ -117,15 +135,23 @@ def test_files_import_only_from_files_above_them():
                 assert ORDER.index(above) < ORDER.index(path.stem), (path.stem, above)
 
 
+# What is imported only where a user has passed something of it, or asked for it.
+ADAPTERS = {
+    "_linen": {"flax"},
+    "_rule_files": {"yaml"},
+    "_plots": {"matplotlib"},
+    "_checkpoints": {"orbax", "ml_dtypes"},
+}
+
+
 def test_the_package_imports_only_its_dependencies():
     allowed = {*sys.stdlib_module_names, "jax", "numpy", "optax", "rich", "lrmult"}
     for path in PACKAGE.glob("*.py"):
-        for module, _ in imports_of(path):
-            is_adapter = path.stem == "_linen"  # imported where a user has passed something of it
-            assert module.partition(".")[0] in (allowed | {"flax"} if is_adapter else allowed), (
-                path.name,
-                module,
-            )
+        adapted = ADAPTERS.get(path.stem, set())
+        for module, at_top in imports_of(path):
+            name = module.partition(".")[0]
+            assert name in (allowed | adapted), (path.name, module)
+            assert not (at_top and name in adapted and path.stem != "_linen"), (path.name, module)
 
 
 def test_patterns_know_no_arrays():
@@ -134,15 +160,39 @@ def test_patterns_know_no_arrays():
             assert module.partition(".")[0] not in {"jax", "numpy", "optax"}, (name, module)
 
 
-def test_importing_pulls_in_no_optional_library():
-    code = (
-        "import sys, jax, optax; before = set(sys.modules); import lrmult as lm; "
-        "lm.compile_rules([('a', 1)], {'a': 1.0}); "
-        "new = {name.partition('.')[0] for name in set(sys.modules) - before}; "
-        "print(sorted(new & {'flax', 'equinox', 'haiku', 'rich', 'matplotlib', 'yaml'}))"
+OPTIONAL = {"flax", "equinox", "haiku", "rich", "matplotlib", "yaml", "orbax", "safetensors"}
+
+
+def modules_after(code):
+    """The modules that some code imports, beyond those of jax and optax."""
+    first, last = (
+        "import sys, jax, optax; before = set(sys.modules)",
+        "print(*set(sys.modules) - before)",
     )
+    code = f"{first}; {code}; {last}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    return set(done.stdout.split())
+
+
+def test_importing_imports_nothing():
+    assert modules_after("import lrmult") == {"lrmult"}
+
+
+def test_using_it_pulls_in_no_optional_library():
+    code = (
+        "import lrmult as lm; lm.compile_rules([('a', 1)], {'a': 1.0}); lm.recipes; lm.load_rules"
+    )
+    assert not {name.partition(".")[0] for name in modules_after(code)} & OPTIONAL
+
+
+def test_the_names_are_there_when_they_are_asked_for():
+    assert lm._api.__all__ == lm.__all__
+    assert {*lm.__all__} <= {*dir(lm)}
+    with pytest.raises(AttributeError, match="module 'lrmult' has no attribute 'freeze'"):
+        _ = lm.freeze
+    code = "from lrmult import *; print(wrap, RuleError('x').__class__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "<class 'lrmult.RuleError'>" in done.stdout
 
 
 def test_it_is_typed():
