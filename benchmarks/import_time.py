@@ -20,6 +20,7 @@ BOUND = 0.10
 
 
 def main():
+    """Measure, print, and say by the exit status whether the bound holds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=15)
     runs = []

@@ -186,7 +186,7 @@ def _print(answer: _Answer, as_json: bool) -> None:
         out.reconfigure(errors="backslashreplace")  # names may hold what a terminal cannot show
     try:
         if as_json:
-            print(json.dumps(answer.data, indent=2, allow_nan=False))
+            print(json.dumps(answer.data, allow_nan=False))
         elif out.isatty():
             from rich.console import Console
 

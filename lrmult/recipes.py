@@ -701,14 +701,15 @@ def _grouped(
     ]
     rules, plan = _checked(call, params, pairs, structure)
     forgotten = [
-        plan.tree.show(leaf)
+        plan.tree.path(leaf)
         for leaf, _ in plan.tree.arrays()
         if any(piece.rule is None for piece in plan.claims[leaf])
     ]
     if forgotten:
+        verb = "belongs" if len(forgotten) == 1 else "belong"
         raise RuleError(
-            f"{call}: {listing(forgotten)} belong{'s' * (len(forgotten) == 1)} to no group, wholly "
-            "or in part; list what is to go with them, or ... as a last target for all the rest"
+            f"{call}: {listing(forgotten)} {verb} to no group, wholly or in part; list what is to "
+            "go with them, or ... as a last target for all the rest"
         )
     return rules
 
@@ -833,8 +834,8 @@ def _width_ratios(plan: Plan, base: Plan) -> dict[str, dict[int, float]]:
     paths = {leaf.path for leaf in plan.leaves}
     if paths != shapes.keys():
         raise RuleError(
-            f"mup: {listing(map(repr, sorted(paths ^ shapes.keys())))} only in one of the two "
-            "models; the base model must differ in widths alone"
+            f"mup: {listing(sorted(paths ^ shapes.keys()))} only in one of the two models; the base "
+            "model must differ in widths alone"
         )
     found = {}
     for leaf in plan.leaves:
