@@ -16,6 +16,7 @@ import os
 import pathlib
 import re
 import struct
+import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -563,7 +564,7 @@ def _read_orbax(path: str) -> Tree:
     except ImportError as error:
         raise CheckpointError(
             f"{path} is a directory; to read it as an Orbax checkpoint, pip install "
-            "orbax-checkpoint"
+            f"orbax-checkpoint ({error})"
         ) from error
     return _Orbax(library, _orbax_directory(path)).tree
 
@@ -608,9 +609,9 @@ class _Orbax:
 
     def __init__(self, library: Any, directory: str) -> None:
         self._library, self._directory = library, directory
-        with _quiet(), library.PyTreeCheckpointer() as reader:
-            found = reader.metadata(directory)
-        metadata = getattr(found.item_metadata, "tree", found.item_metadata)
+        # A checkpointer would log what is wrong with a checkpoint, and return nothing.
+        with _quiet(), contextlib.closing(library.PyTreeCheckpointHandler()) as handler:
+            metadata = handler.metadata(pathlib.Path(directory)).tree
         leaves = jax.tree.leaves(metadata)
         self._treedef: Any = jax.tree.structure(metadata)
         arrays = [self._stored(index, leaf) for index, leaf in enumerate(leaves)]
@@ -657,12 +658,20 @@ def _groups(arrays: Sequence[Stored | str]) -> list[range]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep what Orbax has to say about its own workings out of the output."""
-    logger = logging.getLogger("absl")
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
     level = logger.level
-    logger.setLevel(logging.ERROR)
+
+    def ignore_closed_loops(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = ignore_closed_loops
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
+        # Not where it failed: other threads of it go on, and complain for a while.
+        sys.unraisablehook = hook
     finally:
         logger.setLevel(level)

@@ -1,6 +1,7 @@
-"""A plan as a table."""
+"""A plan as a table: in a terminal, and in a notebook."""
 
 import functools
+import html
 import io
 import itertools
 from collections.abc import Collection, Iterable, Iterator
@@ -30,6 +31,13 @@ from lrmult._rules import name_rule
 # numpy's name of a dtype -> the short one that jax prints
 _SHORT = {"float": "f", "bfloat": "bf", "complex": "c", "uint": "u", "int": "i"}
 _MOST_RULES = 3
+_COLUMNS = {
+    "parameters": "left",
+    "arrays": "left",
+    "size": "right",
+    "multiplier": "right",
+    "rule": "left",
+}
 
 
 def render(plan: Plan) -> str:
@@ -52,13 +60,47 @@ def table(plan: Plan, tree: ParamTree) -> Any:
     # Only the third line shows: what is under the heads. ASCII, since a table may go to any file.
     lines = Box("    \n" * 2 + " -- \n" + "    \n" * 5, ascii=True)
     shown = Table(box=lines, show_edge=False, pad_edge=False)
-    for name in ("parameters", "arrays"):
-        shown.add_column(name)
-    for name in ("size", "multiplier"):
-        shown.add_column(name, justify="right")
-    shown.add_column("rule")
+    for name, side in _COLUMNS.items():
+        shown.add_column(name, justify="right" if side == "right" else "left")
+    for row in _rows(plan, tree):
+        style = "dim" if row.is_frozen else ""
+        shown.add_row(*(Text(cell, style=style) for cell in row.cells))
+    return Group(shown, Text(""), *map(Text, _notes(plan, tree)))
+
+
+def html_table(plan: Plan, tree: ParamTree) -> str:
+    """The table for a notebook, in whatever colours that has."""
+    heads = [
+        f'<th scope="col" style="text-align:{side}">{name}</th>' for name, side in _COLUMNS.items()
+    ]
+    rows = []
+    for row in _rows(plan, tree):
+        path, *cells = (
+            f'style="text-align:{side};white-space:pre">{html.escape(cell)}'
+            for cell, side in zip(row.cells, _COLUMNS.values(), strict=True)
+        )
+        style = ' style="opacity:0.5"' if row.is_frozen else ""
+        shown = "".join(f"<td {cell}</td>" for cell in cells)
+        rows.append(f'<tr{style}><th scope="row" {path}</th>{shown}</tr>')
+    notes = "<br>".join(map(html.escape, _notes(plan, tree)))
+    return (
+        '<div style="overflow-x:auto"><table>\n'
+        f"<thead><tr>{''.join(heads)}</tr></thead>\n<tbody>\n"
+        + "\n".join(rows)
+        + f"\n</tbody></table>\n<p>{notes}</p></div>"
+    )
+
+
+class _Row(NamedTuple):
+    """Arrays that share one answer, as a table shows them."""
+
+    cells: tuple[str, ...]  # one for each of the columns
+    is_frozen: bool
+
+
+def _rows(plan: Plan, tree: ParamTree) -> Iterator[_Row]:
     records = dict(zip((index for index, _ in tree.arrays()), plan.leaves, strict=True))
-    answers = {index: _answer(index, plan, tree) for index in records}
+    answers = _answers(plan, tree)
     for path, leaves in _fold(tree, answers):
         size = sum(records[leaf].trained + records[leaf].frozen for leaf in leaves)
         multiplier, rules = answers[leaves[0]]
@@ -69,35 +111,47 @@ def table(plan: Plan, tree: ParamTree) -> Any:
             multiplier,
             rules,
         )
-        style = "dim" if multiplier == show_multiplier(None) else ""
-        shown.add_row(*(Text(cell, style=style) for cell in cells))
-    notes = [Text(""), Text(_totals(plan))]
-    for path, alias in _aliases(tree):
-        notes.append(Text(f"{path} is {alias} too"))
+        yield _Row(cells, is_frozen=multiplier == show_multiplier(None))
+
+
+def _notes(plan: Plan, tree: ParamTree) -> list[str]:
+    """What stands below the table: totals, paths of one array, rules that do nothing."""
+    notes = [totals(plan)]
+    notes += [f"{path} is {alias} too" for path, alias in _aliases(tree)]
     claiming = claiming_rules(plan.claims)
     for index, rule in enumerate(plan.rules):
-        lost = [records[leaf].path for leaf, rules in plan.overruled.items() if index in rules]
+        lost = [tree.path(leaf) for leaf, rules in plan.overruled.items() if index in rules]
         if lost:
             notes.append(
-                Text(f"{name_rule(index, *rule)} lost {listing(lost)} to a rule on another path")
+                f"{name_rule(index, *rule)} lost {listing(lost)} to a rule on another path"
             )
         elif index not in claiming:
-            notes.append(Text(f"{name_rule(index, *rule)} claims nothing here"))
-    return Group(shown, *notes)
+            notes.append(f"{name_rule(index, *rule)} claims nothing here")
+    return notes
 
 
-def _answer(leaf: int, plan: Plan, tree: ParamTree) -> tuple[str, str]:
-    """What one array gets, and the rules that say so, as the table shows it."""
+def _answers(plan: Plan, tree: ParamTree) -> dict[int, "_Answer"]:
+    """What each array gets, and the rules that say so, as the table shows it."""
+    answers: dict[int, _Answer] = {}
+    known: dict[Any, _Answer] = {}  # arrays that one rule has as a whole share their pieces
+    for leaf, _ in tree.arrays():
+        stacked = frozenset(axis for at in tree.slices.get(leaf, {}).values() for axis in at)
+        key = id(plan.claims[leaf]), tree.shapes[leaf], stacked
+        if key not in known:
+            known[key] = _answer(leaf, stacked, plan, tree)
+        answers[leaf] = known[key]
+    return answers
+
+
+def _answer(leaf: int, stacked: Iterable[int], plan: Plan, tree: ParamTree) -> "_Answer":
     pieces = plan.claims[leaf]
     multipliers = [1.0 if p.rule is None else plan.rules[p.rule].multiplier for p in pieces]
     claiming = dict.fromkeys(p.rule for p in pieces if p.rule is not None)
     named = [f"{rule}: {plan.rules[rule].text}" for rule in claiming]
     if len(named) > _MOST_RULES:
         named[_MOST_RULES - 1 :] = [f"{len(named) - _MOST_RULES + 1} more"]
-    rules = "; ".join(named)
-    stacked = {axis for at in tree.slices.get(leaf, {}).values() for axis in at}
     texts = map(show_multiplier, multipliers)
-    return describe(tree.shapes[leaf], pieces, texts, stacked), rules or "none"
+    return describe(tree.shapes[leaf], pieces, texts, stacked), "; ".join(named) or "none"
 
 
 def _aliases(tree: ParamTree) -> list[tuple[str, str]]:
@@ -131,7 +185,8 @@ def _aliases(tree: ParamTree) -> list[tuple[str, str]]:
     return sorted(written.values())
 
 
-def _totals(plan: Plan) -> str:
+def totals(plan: Plan) -> str:
+    """How much there is, trains and is frozen, in a line."""
     trained = sum(record.trained for record in plan.leaves)
     frozen = sum(record.frozen for record in plan.leaves)
     arrays = len(plan.leaves)
@@ -151,6 +206,7 @@ def _describe(records: list[LeafPlan]) -> str:
     return " + ".join(f"{n} x {kind}" if n > 1 else kind for kind, n in kinds.items())
 
 
+@functools.lru_cache
 def _dtype(dtype: Any) -> str:
     name = str(dtype)
     for long, short in _SHORT.items():
@@ -159,12 +215,24 @@ def _dtype(dtype: Any) -> str:
     return name
 
 
-# How far rows are folded: numbered siblings that are alike in all that they hold, then any siblings
-# row by row, then arrays of one name however deep they lie.
-_ALIKE, _ROW_BY_ROW, _BY_NAME = range(3)
-_MOST_ROWS = 40
-_FEW_ROWS = 5
-_MOST_IN_BRACES = 60  # characters
+class _Detail(NamedTuple):
+    """How much a table tells apart."""
+
+    most: int  # rows, for less detail not to be tried
+    row_by_row: bool = True  # fold rows of siblings, unlike ones too; else numbered ones as wholes
+    by_name: bool = False  # fold arrays of one name, however deep they lie
+    braces: int = 60  # characters in braces
+
+
+# From much to little. Long lists in braces are a last resort, for tables that fill no one screen.
+_DETAILS: Final = (
+    _Detail(40, row_by_row=False),
+    _Detail(40),
+    _Detail(70, by_name=True),
+    _Detail(70, by_name=True, braces=240),
+)
+_FEW_ROWS: Final = 5
+_MOST_NAMES: Final = 8
 
 _Where: TypeAlias = tuple[Step, ...]  # a way down from a node; each step but `**` is one level
 _Answer: TypeAlias = tuple[str, str]
@@ -176,126 +244,118 @@ _EVERY: Final = Names((("", ""),))
 def _fold(tree: ParamTree, answers: dict[int, _Answer]) -> list[tuple[str, list[int]]]:
     """Groups of arrays with one answer, each with a pattern that selects these and no others.
 
-    Rows are folded no further than it takes to have few of them, or nearly as few as can be.
+    They are folded no further than it takes to have few, or nearly as few as can be.
     """
+    folding = _Folding(tree, answers)
     tried = []
-    for detail in (_ALIKE, _ROW_BY_ROW, _BY_NAME):
-        tried.append(_Folding(tree, answers, detail).rows())
-        if len(tried[-1]) <= _MOST_ROWS:
-            return tried[-1]
+    for detail in _DETAILS:
+        tried.append(folding.rows(detail))
+        if len(tried[-1]) <= detail.most:
+            break
     enough = min(map(len, tried)) + _FEW_ROWS
-    return next(rows for rows in tried if len(rows) <= enough)
+    rows = next(rows for rows in tried if len(rows) <= enough)
+    place = {leaf: place for place, leaf in enumerate(folding.in_order())}
+    firsts = {min(place[leaf] for leaf in leaves): row for row, leaves in rows.items()}
+    return [(_text(firsts[first][0]), rows[firsts[first]]) for first in sorted(firsts)]
 
 
 class _Folding:
-    """The rows of every node, made from those of its children, by patterns that start there."""
+    """The rows of a tree, made from the leaves up, by patterns that start at the node at hand."""
 
-    def __init__(self, tree: ParamTree, answers: dict[int, _Answer], detail: int) -> None:
+    def __init__(self, tree: ParamTree, answers: dict[int, _Answer]) -> None:
         self._tree = tree
         self._answers = answers
-        self._detail = detail
         self._orders = Orders(tree)
-        self._arrays: list[list[int]] = [[] for _ in tree.nodes]  # per node, those below it
-        self._rows: list[_Rows] = [{} for _ in tree.nodes]
-        # Per node, what all arrays below it get; None if there are several answers.
-        self._answer: list[_Answer | None] = [None for _ in tree.nodes]
-        # Per node, what the arrays of each name below it get; None if the name does not tell it.
-        self._named: list[_Named | None] = [None for _ in tree.nodes]
+        self._inner_names = {tree.names[node] for node in tree.nodes if tree.children[node]}
         aliases = {alias for nodes in tree.aliases.values() for alias in nodes}
         self._above_aliases = {node for alias in aliases for node in tree.line(alias)}
-        self._split = _split_by_aliases(tree)
-        self._inner_names = {tree.names[node] for node in tree.nodes if tree.children[node]}
-        for index, node in tree.arrays():
-            self._arrays[node] = [index]
-            self._answer[node] = answers[index]
-            self._rows[node] = {((), answers[index]): [index]}
-        for node in reversed(tree.nodes):
-            self._enter(node)
+        self._arrays: list[list[int]] = [[] for _ in tree.nodes]  # per node, those below it
+        self._whole: dict[int, _Rows] = {}  # the nodes that are one row
+        self._mixed: list[int] = []  # the others that hold arrays, from the leaves up
+        self._names_told: dict[int, _Named | None] = {}
+        for leaf, node in tree.arrays():
+            self._arrays[node] = [leaf]
+            self._whole[node] = {((), answers[leaf]): [leaf]}
+        self._look_below()
 
-    def rows(self) -> list[tuple[str, list[int]]]:
-        """The rows of the whole tree, in its order."""
-        order = {leaf: place for place, leaf in enumerate(self._in_order())}
-        rows = [
-            (min(order[leaf] for leaf in leaves), _text(where), leaves)
-            for (where, _), leaves in self._rows[0].items()
-        ]
-        return [(path, leaves) for _, path, leaves in sorted(rows)]
+    def _look_below(self) -> None:
+        children, split = self._tree.children, _split_by_aliases(self._tree)
+        got: dict[int, _Answer | None] = {
+            node: next(iter(row))[1] for node, row in self._whole.items()
+        }
+        for node in reversed(self._tree.nodes):
+            below = [child for child in children[node].values() if child in got]
+            if below:
+                self._arrays[node] = [leaf for child in below for leaf in self._arrays[child]]
+                [answer, *others] = {got[child] for child in below}
+                got[node] = None if others else answer
+                if others or answer is None or node in split:
+                    self._mixed.append(node)
+                else:
+                    self._whole[node] = {((), answer): self._arrays[node]}
 
-    def _enter(self, node: int) -> None:
-        """Note what is below a node, once that is known of its children."""
+    def rows(self, detail: _Detail) -> _Rows:
+        """The rows of the whole tree."""
+        if detail.by_name and 0 in self._mixed and (named := self._told_by_name(0)):
+            return {
+                (self._tail({0}, *block.below([""])), block.answer): block.below([""])[1]
+                for block in _blocks({"": named})
+            }
+        rows = dict(self._whole)
+        for node in self._mixed:
+            if not (detail.by_name and self._told_by_name(node)):
+                rows[node] = self._merged(node, rows, detail)
+        return rows.get(0, {})
+
+    def in_order(self) -> Iterator[int]:
+        """The arrays, as numbers in names order them."""
+        pending = [0]
+        while pending:
+            node = pending.pop()
+            children = self._tree.children[node]
+            if children:
+                pending.extend(children[name] for name in reversed(in_natural_order(children)))
+            else:
+                yield from self._arrays[node]
+
+    def _merged(self, node: int, rows: dict[int, _Rows], detail: _Detail) -> _Rows:
+        """The rows of some children, those of siblings that say the same as one."""
         children = self._tree.children[node]
         held = [name for name in in_natural_order(children) if self._arrays[children[name]]]
-        if not held:
-            return
-        arrays = [leaf for child in children.values() for leaf in self._arrays[child]]
-        self._arrays[node] = arrays
-        got = {self._answer[children[name]] for name in held}
-        self._answer[node] = got.pop() if len(got) == 1 else None
-        self._named[node] = self._by_name(node)
-        answer = self._answer[node]
-        if answer and node not in self._split:
-            self._rows[node] = {((), answer): arrays}
-        elif node or not self._named[node]:
-            self._rows[node] = self._merged(node, held)
-        else:
-            for block in _blocks({"": self._named[node]}):
-                names, leaves = block.below([""])
-                self._rows[node][self._tail({node}, names, leaves), block.answer] = leaves
-
-    def _by_name(self, node: int) -> _Named | None:
-        """The arrays below a node by their names, if these tell what they get, and are few."""
-        tree = self._tree
-        if self._detail < _BY_NAME or node in self._above_aliases:
-            return None
-        named: _Named = {}
-        for leaf in self._arrays[node]:
-            name, answer = tree.names[tree.places[leaf] or 0], self._answers[leaf]
-            if name not in named:
-                named[name] = answer, []
-                width = sum(map(len, named))
-                if name.isdigit() or name in self._inner_names or width > _MOST_IN_BRACES:
-                    return None
-            if named[name][0] != answer:
-                return None
-            named[name][1].append(leaf)
-        return named
-
-    def _merged(self, node: int, held: list[str]) -> _Rows:
-        """The rows of some children, those of siblings that say the same as one."""
-        children, rows = self._tree.children[node], self._rows
+        named = {name: self._told_by_name(children[name]) for name in held if detail.by_name}
+        merged: _Rows = {}
         alike: dict[frozenset[tuple[_Where, _Answer]], list[str]] = {}
         for name in held:
-            if self._named[children[name]] is None:
-                said = rows[children[name]]
-                for key in map(frozenset, [[row] for row in said] if self._detail else [said]):
-                    alike.setdefault(key, []).append(name)
-        merged: _Rows = {}
-        for block in _blocks({name: self._named[children[name]] for name in held}):
+            said = list(rows[children[name]]) if named.get(name) is None else []
+            for each in [[row] for row in said] if detail.row_by_row else [said]:
+                alike.setdefault(frozenset(each), []).append(name)
+        for block in _blocks(named):
             if block.is_whole:
                 alike.setdefault(frozenset([((), block.answer)]), []).extend(block.members)
             else:
-                merged |= self._rows_of(block, node)
+                merged |= self._rows_of(block, node, named, detail)
         siblings = self._siblings(node)
         for key, names in alike.items():
-            for step, chosen in siblings.select(names, unlike=self._detail > _ALIKE):
-                for where, answer in rows[children[chosen[0]]].keys() & key:
+            for step, chosen in siblings.select(names, detail):
+                for where, answer in key:
                     leaves = [i for name in chosen for i in rows[children[name]][where, answer]]
                     merged[(step, *where), answer] = leaves
         return merged
 
-    def _rows_of(self, block: "_Block", node: int) -> _Rows:
+    def _rows_of(
+        self, block: "_Block", node: int, named: dict[str, _Named | None], detail: _Detail
+    ) -> _Rows:
         """The rows of a block of children of a node."""
         children = self._tree.children[node]
-        # A pattern may mean siblings too that hold nothing of these names.
-        free = {
-            name
-            for name, child in children.items()
-            if not self._tree.children[child]
-            or block.names.isdisjoint(self._named[child] or block.names)
-        }
+        members, free = list(block.members), set()
+        if len(members) > 1:  # a pattern may mean siblings too that hold nothing of these names
+            free = {
+                name
+                for name, child in children.items()
+                if not self._tree.children[child] or block.passes_over(named.get(name))
+            }
         rows: _Rows = {}
-        siblings = self._siblings(node, free)
-        for step, chosen in siblings.select(list(block.members), unlike=True):
+        for step, chosen in self._siblings(node, free).select(members, detail):
             names, leaves = block.below(chosen)
             tail = self._tail({children[name] for name in chosen}, names, leaves)
             rows[(step, *tail), block.answer] = leaves
@@ -303,7 +363,7 @@ class _Folding:
 
     def _tail(self, nodes: set[int], names: Iterable[str], leaves: list[int]) -> _Where:
         """The way from some nodes to the arrays of some names below them."""
-        named = Names(tuple((name,) for name in names))
+        named = Names(tuple([(name,) for name in names]))
         above = {self._tree.parents[self._tree.places[leaf] or 0] for leaf in leaves}
         return (named,) if above <= nodes else (ANY_DEPTH, named)
 
@@ -313,15 +373,27 @@ class _Folding:
         names = [n for n, child in children.items() if self._arrays[child] or child in aliases]
         return _Siblings(self._orders, node, children, [n for n in names if n not in without])
 
-    def _in_order(self) -> Iterator[int]:
-        """The arrays, as numbers in names order them."""
-        pending = [0]
-        while pending:
-            node = pending.pop()
-            children = self._tree.children[node]
-            if not children:
-                yield from self._arrays[node]
-            pending.extend(children[name] for name in reversed(in_natural_order(children)))
+    def _told_by_name(self, node: int) -> _Named | None:
+        """The arrays below a node by name, if few names tell what they get; else None."""
+        if node not in self._names_told:
+            self._names_told[node] = self._find_names(node)
+        return self._names_told[node]
+
+    def _find_names(self, node: int) -> _Named | None:
+        tree = self._tree
+        if node in self._above_aliases or not tree.children[node]:
+            return None
+        named: _Named = {}
+        for leaf in self._arrays[node]:
+            name, answer = tree.names[tree.places[leaf] or 0], self._answers[leaf]
+            if name not in named:
+                named[name] = answer, []
+                if name.isdigit() or name in self._inner_names or len(named) > _MOST_NAMES:
+                    return None
+            if named[name][0] != answer:
+                return None
+            named[name][1].append(leaf)
+        return named
 
 
 class _Block:
@@ -343,6 +415,10 @@ class _Block:
             return False
         self.members, self.names = members, names
         return True
+
+    def passes_over(self, below: _Named | None) -> bool:
+        """Whether there is nothing of these names below a sibling, as far as that is known."""
+        return below is not None and self.names.isdisjoint(below)
 
     @property
     def is_whole(self) -> bool:
@@ -480,34 +556,29 @@ class _Siblings:
         self._children = children
         self._names = names
 
-    def select(self, names: list[str], *, unlike: bool) -> list[tuple[Step, list[str]]]:
-        """Patterns of one level that mean exactly some siblings, each with what it means.
-
-        Args:
-            names: the siblings.
-            unlike: whether siblings of unlike names may be joined too.
-        """
+    def select(self, names: list[str], detail: _Detail) -> list[tuple[Step, list[str]]]:
+        """Patterns of one level that mean exactly some siblings, each with what it means."""
         if len(names) == 1:
             return [(literal(names[0]), names)]
         found: list[tuple[Step, list[str]]] = []
-        left: list[str] = []
-        families: dict[int, tuple[_Family, list[str]]] = {}
-        for name in names:
-            family = self._families.get(name)
-            if family is None:
-                left.append(name)
-            else:
-                families.setdefault(id(family), (family, []))[1].append(name)
-        for family, members in families.values():
-            for step, run in family.spans(members):
+        single: list[str] = []
+        for family, members in self._by_family(names):
+            for step, run in family.spans(members) if family else [(None, members)]:
                 if step is None:
-                    left += run
+                    single += run
                 else:
                     found.append((step, run))
-        if not unlike:
-            return found + [(literal(name), [name]) for name in left]
-        found += self._in_braces(left)
+        if not detail.row_by_row:
+            return found + [(literal(name), [name]) for name in single]
+        found += self._in_braces(single, detail.braces)
         return [(_EVERY, names)] if len(found) > 1 and len(names) == len(self._names) else found
+
+    def _by_family(self, names: list[str]) -> Iterable[tuple[_Family | None, list[str]]]:
+        found: dict[int, tuple[_Family | None, list[str]]] = {}
+        for name in names:
+            family = self._families.get(name)
+            found.setdefault(id(family), (family, []))[1].append(name)
+        return found.values()
 
     @functools.cached_property
     def _families(self) -> dict[str, _Family]:
@@ -533,14 +604,16 @@ class _Siblings:
         known = set(self._names)
         return _Family(base, {m: n for n, m in sorted(family.members.items()) if m in known})
 
-    def _in_braces(self, names: list[str]) -> list[tuple[Step, list[str]]]:
-        """Patterns in braces, none of them long, that mean some siblings."""
+    def _in_braces(self, names: list[str], most: int) -> list[tuple[Step, list[str]]]:
+        """Patterns in braces, none longer than that many characters, that mean some siblings."""
         tokens = [_Token((name,), [name]) for name in names]
-        if _width(tokens) > _MOST_IN_BRACES:
-            tokens = min(tokens, self._globs(names, False), self._globs(names, True), key=_width)
+        if _width(tokens) > most:
+            globs = [self._globs(names, of_ends) for of_ends in (False, True)]
+            # The fewest, and of as few those that say more.
+            tokens = min(tokens, *globs, key=lambda each: (len(each), -_width(each)))
         found: list[list[_Token]] = []
         for token in tokens:
-            if not found or _width([*found[-1], token]) > _MOST_IN_BRACES:
+            if not found or _width([*found[-1], token]) > most:
                 found.append([])
             found[-1].append(token)
         return [

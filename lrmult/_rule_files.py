@@ -29,6 +29,10 @@ from lrmult._structure import Structure
 from lrmult._targets import Along, Elements, Neurons, Part, Target, along, elements, neurons, rows
 
 _PARTS = ("neurons", "rows", "elements", "axis", "index")
+_EXAMPLES = {
+    "rule": ", such as {'target': 'head', 'multiplier': 10}",
+    "file of rules": ": {'rules': [{'target': 'head', 'multiplier': 10}]}",
+}
 _SLICE = re.compile(r"\s*(-?\d*)\s*:\s*(-?\d*)\s*(?::\s*(-?\d*)\s*)?")
 _FLAGS = {"a": re.ASCII, "i": re.IGNORECASE, "m": re.MULTILINE, "s": re.DOTALL, "x": re.VERBOSE}
 # Those that return one list of rules.
@@ -46,7 +50,7 @@ def write_rules(rules: Rules) -> dict[str, Any]:
 
 def read_rules(data: Any, params: PyTree, structure: Structure | None) -> Rules:
     """What `Rules.from_dict` returns."""
-    items = data if _is_list(data) else _table(data, "rules", {"rules"}).get("rules")
+    items = data if _is_list(data) else _table(data, "file of rules", {"rules"}).get("rules")
     if items is None or not _is_list(items):
         raise RuleError(
             f"{show(data)} holds no list of rules; write one under 'rules', such as {{'rules': "
@@ -439,7 +443,7 @@ def _is_table(value: Any) -> bool:
 def _table(value: Any, what: str, known: set[str] | None = None) -> dict[str, Any]:
     """A dict of what a table holds; what a dataclass leaves None is not there."""
     if isinstance(value, str) or not _is_table(value):
-        raise RuleError(f"{show(value)} is no table for a {what}")
+        raise RuleError(f"{show(value)} is no table, and a {what} is one" + _EXAMPLES.get(what, ""))
     if dataclasses.is_dataclass(value):
         fields = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
         kept = ("multiplier",)

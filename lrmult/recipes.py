@@ -755,10 +755,10 @@ def _size(params: PyTree, stack: str, axis: int, structure: Structure | None) ->
 def _full(call: str, multipliers: Sequence[float] | None, groups: Sequence[Any]) -> Sequence[float]:
     if multipliers is None:
         return [1.0] * len(groups)
-    if len(multipliers) != len(groups):
+    if not isinstance(multipliers, Sequence) or len(multipliers) != len(groups):
         raise RuleError(
-            f"{call}: there are {len(multipliers)} multipliers for {len(groups)} groups; write one "
-            "for each"
+            f"{call}: multipliers is {show(multipliers)}; write a list with one for each of the "
+            f"{len(groups)} groups"
         )
     return multipliers
 
@@ -834,8 +834,8 @@ def _width_ratios(plan: Plan, base: Plan) -> dict[str, dict[int, float]]:
     paths = {leaf.path for leaf in plan.leaves}
     if paths != shapes.keys():
         raise RuleError(
-            f"mup: {listing(sorted(paths ^ shapes.keys()))} only in one of the two models; the base "
-            "model must differ in widths alone"
+            f"mup: only one of the two models has {listing(sorted(paths ^ shapes.keys()))}; the "
+            "base model must differ in widths alone"
         )
     found = {}
     for leaf in plan.leaves:

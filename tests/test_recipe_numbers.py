@@ -1,7 +1,7 @@
 """Recipes give the numbers of the code that they come from.
 
-`golden/mup.json` and `golden/recipes.json` hold what that code gives for worked examples; the script
-`golden/recipes.py` runs it and writes them anew.
+`golden/mup.json` and `golden/recipes.json` hold what that code gives for worked examples; the
+script `golden/recipes.py` runs it and writes them anew.
 """
 
 import json
