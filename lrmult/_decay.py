@@ -1,11 +1,14 @@
 """Weight decay with multipliers of its own."""
 
+import numbers
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from lrmult._errors import RuleError, show
 from lrmult._paths import PyTree
 from lrmult._plan import cached_plan, warned
 from lrmult._rules import Rules, RulesLike
@@ -82,6 +85,14 @@ def scale_decay(
         >>> print(new["kernel"], new["bias"])
         [1.9] [2.]
     """
+    is_number = isinstance(weight_decay, numbers.Real | jax.Array | np.ndarray)
+    if not callable(weight_decay) and not (
+        is_number and np.ndim(weight_decay) == 0 and not isinstance(weight_decay, bool)
+    ):
+        raise RuleError(
+            f"scale_decay: weight_decay is {show(weight_decay)}; write a number or a schedule "
+            "first, and then the rules"
+        )
     read, structure = Rules(rules), read_structure(structure)
     running, decay = RunTime(read), optax.add_decayed_weights(weight_decay)
 
@@ -96,6 +107,10 @@ def scale_decay(
         del extra_args
         if params is None:
             raise ValueError("scale_decay needs the parameters: update(updates, state, params)")
+        if not isinstance(state, DecayState):
+            raise RuleError(
+                f"the state is {show(state)}, but scale_decay keeps a DecayState; call init"
+            )
         treedef: Any
         weights, treedef = jax.tree.flatten(params)
         plan = cached_plan(read, params, structure, strict)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -186,6 +186,49 @@ class Plan:
             trained=size - frozen,
             frozen=frozen,
         )
+
+    def plot(self, *, steps: int | Sequence[int] | None = None, ax: Any = None) -> Any:
+        """Draw the multipliers along the depth of the model, or over the steps of training.
+
+        Without `steps`, each layer has a dot for each of its multipliers, whose area is the share
+        of the layer's parameters that have it; a band below shows how much of the layer is frozen.
+        With `steps`, rows are layers, columns steps and colours multipliers, and grey is frozen; a
+        layer with several multipliers is split.
+
+        Layers are nodes of the tree, as far up as there are more than a few, in the order of their
+        numbers or that of `structure`. It takes matplotlib (``pip install matplotlib``).
+
+        Args:
+            steps: a number of steps, or a sequence of them. Needed where there are schedules.
+            ax: the axes to draw on; by default those of a new figure, which pyplot does not keep.
+
+        Returns:
+            The axes. Their ``figure`` is what a notebook shows, and has ``savefig``.
+
+        Raises:
+            RuleError: if a multiplier depends on the step and `steps` is not given, or is a value
+                that is known at run time only.
+            LrmultError: if `steps` are no steps.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> import lrmult as lm
+            >>> params = {"layers": [jnp.ones((4, 4))] * 3, "head": jnp.ones((4, 2))}
+            >>> rules = [("head", 10), ("layers[0]", None), ("layers", 0.1)]
+            >>> ax = lm.compile_rules(rules, params).plot()
+            >>> [label.get_text() for label in ax.get_xticklabels()]
+            ['head', 'layers/0', '1', '2']
+            >>> [label.get_text() for label in ax.get_yticklabels()]
+            ['frozen', '0.1', '10']
+        """
+        from lrmult._plots import plot
+
+        return plot(self, steps, ax)
+
+    def _repr_html_(self) -> str:
+        from lrmult._report import html_table
+
+        return html_table(self, self.tree)
 
     def __rich__(self) -> Any:
         from lrmult._report import table

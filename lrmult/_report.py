@@ -39,6 +39,8 @@ _COLUMNS = {
     "rule": "left",
 }
 
+_Answer: TypeAlias = tuple[str, str]  # the multiplier and the rules, as they are shown
+
 
 def render(plan: Plan) -> str:
     """The table as plain text; no line is wrapped, however narrow the terminal."""
@@ -79,7 +81,7 @@ def html_table(plan: Plan, tree: ParamTree) -> str:
             f'style="text-align:{side};white-space:pre">{html.escape(cell)}'
             for cell, side in zip(row.cells, _COLUMNS.values(), strict=True)
         )
-        style = ' style="opacity:0.5"' if row.is_frozen else ""
+        style = ' style="opacity:0.6"' if row.is_frozen else ""
         shown = "".join(f"<td {cell}</td>" for cell in cells)
         rows.append(f'<tr{style}><th scope="row" {path}</th>{shown}</tr>')
     notes = "<br>".join(map(html.escape, _notes(plan, tree)))
@@ -130,7 +132,7 @@ def _notes(plan: Plan, tree: ParamTree) -> list[str]:
     return notes
 
 
-def _answers(plan: Plan, tree: ParamTree) -> dict[int, "_Answer"]:
+def _answers(plan: Plan, tree: ParamTree) -> dict[int, _Answer]:
     """What each array gets, and the rules that say so, as the table shows it."""
     answers: dict[int, _Answer] = {}
     known: dict[Any, _Answer] = {}  # arrays that one rule has as a whole share their pieces
@@ -143,7 +145,7 @@ def _answers(plan: Plan, tree: ParamTree) -> dict[int, "_Answer"]:
     return answers
 
 
-def _answer(leaf: int, stacked: Iterable[int], plan: Plan, tree: ParamTree) -> "_Answer":
+def _answer(leaf: int, stacked: Iterable[int], plan: Plan, tree: ParamTree) -> _Answer:
     pieces = plan.claims[leaf]
     multipliers = [1.0 if p.rule is None else plan.rules[p.rule].multiplier for p in pieces]
     claiming = dict.fromkeys(p.rule for p in pieces if p.rule is not None)
@@ -215,6 +217,9 @@ def _dtype(dtype: Any) -> str:
     return name
 
 
+# ---- which arrays share a row
+
+
 class _Detail(NamedTuple):
     """How much a table tells apart."""
 
@@ -235,7 +240,6 @@ _FEW_ROWS: Final = 5
 _MOST_NAMES: Final = 8
 
 _Where: TypeAlias = tuple[Step, ...]  # a way down from a node; each step but `**` is one level
-_Answer: TypeAlias = tuple[str, str]
 _Rows: TypeAlias = dict[tuple[_Where, _Answer], list[int]]
 _Named: TypeAlias = dict[str, tuple[_Answer, list[int]]]
 _EVERY: Final = Names((("", ""),))
@@ -297,10 +301,11 @@ class _Folding:
     def rows(self, detail: _Detail) -> _Rows:
         """The rows of the whole tree."""
         if detail.by_name and 0 in self._mixed and (named := self._told_by_name(0)):
-            return {
-                (self._tail({0}, *block.below([""])), block.answer): block.below([""])[1]
-                for block in _blocks({"": named})
-            }
+            found: _Rows = {}
+            for block in _blocks({"": named}):
+                names, leaves = block.below([""])
+                found[self._tail({0}, names, leaves), block.answer] = leaves
+            return found
         rows = dict(self._whole)
         for node in self._mixed:
             if not (detail.by_name and self._told_by_name(node)):
@@ -611,17 +616,13 @@ class _Siblings:
             globs = [self._globs(names, of_ends) for of_ends in (False, True)]
             # The fewest, and of as few those that say more.
             tokens = min(tokens, *globs, key=lambda each: (len(each), -_width(each)))
-        found: list[list[_Token]] = []
+        lists: list[list[_Token]] = []
         for token in tokens:
-            if not found or _width([*found[-1], token]) > most:
-                found.append([])
-            found[-1].append(token)
+            if not lists or _width([*lists[-1], token]) > most:
+                lists.append([])
+            lists[-1].append(token)
         return [
-            (
-                Names(tuple(token.parts for token in each)),
-                [n for token in each for n in token.names],
-            )
-            for each in found
+            (Names(tuple(t.parts for t in ts)), [n for t in ts for n in t.names]) for ts in lists
         ]
 
     def _globs(self, names: list[str], of_ends: bool) -> list[_Token]:
@@ -630,17 +631,14 @@ class _Siblings:
         ordered = sorted(name[turn] for name in self._names)
         chosen = {name[turn] for name in names}
         tokens = []
-        for is_chosen, run in itertools.groupby(
-            range(len(ordered)), lambda i: ordered[i] in chosen
-        ):
-            if is_chosen:
-                places = list(run)
-                outside = ordered[max(places[0] - 1, 0) : places[0]] + ordered[places[-1] + 1 :][:1]
-                for start, group in _by_prefix([ordered[i] for i in places], outside):
-                    parts = (start[turn],) if len(group) == 1 else (start, "")
-                    if of_ends and len(group) > 1:
-                        parts = ("", start[turn])
-                    tokens.append(_Token(parts, [name[turn] for name in group]))
+        for wanted, run in itertools.groupby(range(len(ordered)), lambda i: ordered[i] in chosen):
+            places = list(run)
+            beside = (places[0] - 1, places[-1] + 1)
+            others = [ordered[i] for i in beside if 0 <= i < len(ordered)]
+            for start, group in _by_prefix([ordered[i] for i in places], others) if wanted else ():
+                ends = ("", start[turn]) if of_ends else (start, "")
+                parts = ends if len(group) > 1 else (start[turn],)
+                tokens.append(_Token(parts, [name[turn] for name in group]))
         return tokens
 
 
@@ -650,14 +648,15 @@ def _width(tokens: list[_Token]) -> int:
 
 def _by_prefix(names: list[str], others: list[str]) -> Iterator[tuple[str, list[str]]]:
     """Split sorted names into groups, each with a prefix that none of the others has."""
-    least = 0
     groups: list[list[str]] = []
+    prefix: str | None = None  # as short as can be, of the last group; None if there is none
     for name in names:
-        if groups and least <= len(name) and name.startswith(groups[-1][0][:least]):
+        if prefix is not None and name.startswith(prefix):
             groups[-1].append(name)
         else:
-            groups.append([name])
             least = max([len(_shared(name, other)) + 1 for other in others], default=0)
+            prefix = name[:least] if least <= len(name) else None
+            groups.append([name])
     for group in groups:
         yield _shared(group[0], group[-1]), group
 

@@ -33,7 +33,7 @@ _EXAMPLES = {
     "rule": ", such as {'target': 'head', 'multiplier': 10}",
     "file of rules": ": {'rules': [{'target': 'head', 'multiplier': 10}]}",
 }
-_SLICE = re.compile(r"\s*(-?\d*)\s*:\s*(-?\d*)\s*(?::\s*(-?\d*)\s*)?")
+_SLICE = re.compile(r"\s*(-?[0-9]+)?\s*:\s*(-?[0-9]+)?\s*(?::\s*(-?[0-9]+)?\s*)?")
 _FLAGS = {"a": re.ASCII, "i": re.IGNORECASE, "m": re.MULTILINE, "s": re.DOTALL, "x": re.VERBOSE}
 # Those that return one list of rules.
 _RECIPES: dict[str, Callable[..., Rules]] = {
@@ -62,6 +62,8 @@ def read_rules(data: Any, params: PyTree, structure: Structure | None) -> Rules:
             found += _read_item(item, params, structure)
         except LrmultError as error:
             raise type(error)(f"rule {index} ({show(item)}): {error}") from error.__cause__
+        except RecursionError:
+            raise RuleError(f"rule {index} is nested too deeply") from None
     return found
 
 
@@ -137,11 +139,19 @@ def _parse_yaml(text: str) -> Any:
     def mapping(loader: Any, node: Any) -> Any:
         return _without_repeats(loader.construct_pairs(node, deep=True))
 
+    def number(read: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        # YAML 1.1 counts to the base of 60: it would read the slice 1:30 as 90.
+        return lambda loader, node: node.value if ":" in node.value else read(loader, node)
+
     Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
+    for name, read in [("int", Loader.construct_yaml_int), ("float", Loader.construct_yaml_float)]:
+        Loader.add_constructor(f"tag:yaml.org,2002:{name}", number(read))
     try:
         return yaml.load(text, Loader)
-    except (yaml.YAMLError, TypeError) as error:
-        raise ValueError(str(error)) from error
+    except (LrmultError, RecursionError):
+        raise
+    except Exception as error:  # PyYAML raises whatever a wrong tag leads to: !!bool x a KeyError
+        raise ValueError(str(error) or type(error).__name__) from error
 
 
 _PARSERS: dict[str, Callable[[str], Any]] = {
@@ -319,33 +329,41 @@ def _read_target(value: Any) -> Target:
     table = _table(value, "target")
     if "target" in table:
         return _read_part(_table(value, "target", {"target", *_PARTS}))
-    match sorted(table):
+    match sorted(table, key=str):
         case ["everything"] if table["everything"] is True:
             return ...
         case ["path"] if _is_list(table["path"]):
             return tuple(map(_read_target, table["path"]))
-        case ["slice"]:
+        case ["slice"] if isinstance(table["slice"], str):
             return _read_index(table["slice"])
         case ["regex"] | ["flags", "regex"]:
             return _read_regex(table["regex"], table.get("flags", ""))
-        case ["paths", "types"] if _is_list(table["paths"]):
-            paths = frozenset(tuple(map(str, path)) for path in table["paths"])
-            return OfType(paths, str(table["types"]))
+        case ["paths", "types"] if _are_paths(table["paths"]) and isinstance(table["types"], str):
+            return OfType(frozenset(map(tuple, table["paths"])), table["types"])
     raise PatternError(
         f"{show(value)} is no target; a table is one of {{'path': [...]}}, {{'regex': '...'}}, "
         "{'slice': '0:4'}, {'everything': true}, or holds a 'target' and a part of it"
     )
 
 
+def _are_paths(value: Any) -> bool:
+    """Whether it is a list of lists of text."""
+    return _is_list(value) and all(
+        _is_list(path) and all(isinstance(name, str) for name in path) for path in value
+    )
+
+
 def _read_regex(pattern: Any, letters: Any) -> re.Pattern[str]:
+    if not isinstance(pattern, str):
+        raise PatternError(f"'regex' is {show(pattern)}; write text, such as '.*/bias'")
     flags = re.NOFLAG
     for letter in str(letters):
         if letter not in _FLAGS:
             raise PatternError(f"'flags' is {show(letters)}; write some of {''.join(_FLAGS)}")
         flags |= _FLAGS[letter]
     try:
-        return re.compile(str(pattern), flags)
-    except (re.error, OverflowError, RecursionError) as error:
+        return re.compile(pattern, flags)
+    except (re.error, ValueError, OverflowError, RecursionError) as error:
         raise PatternError(f"{show(pattern)} is no regular expression: {error}") from None
 
 
@@ -353,11 +371,14 @@ def _read_index(value: Any) -> Any:
     if not isinstance(value, str):
         return list(value) if _is_list(value) else value
     found = _SLICE.fullmatch(value)
-    if found is None:
+    try:
+        if found is None:
+            raise ValueError
+        return slice(*(None if end is None else int(end) for end in found.groups()))
+    except ValueError:  # of an int of thousands of digits too
         raise PatternError(
-            f"{value!r} is no index; write an int, a list of ints, or a slice as text: '-10:'"
-        )
-    return slice(*(int(end) if end not in ("", None) else None for end in found.groups()))
+            f"{show(value)} is no index; write an int, a list of ints, or a slice as text: '-10:'"
+        ) from None
 
 
 def _read_mask(value: Any) -> Any:
@@ -365,14 +386,24 @@ def _read_mask(value: Any) -> Any:
         return value
     table = _table(value, "elements", {"shape", "bits"})
     try:
-        shape = tuple(map(int, table["shape"]))
+        shape = tuple(map(_read_size, table["shape"]))
         packed = np.frombuffer(base64.b64decode(table["bits"], validate=True), np.uint8)
-        return np.unpackbits(packed, count=math.prod(shape)).view(np.bool_).reshape(shape)
+        size = math.prod(shape)
+        if packed.size != -(-size // 8):
+            raise ValueError(f"{size} bits are no {packed.size} bytes")
+        return np.unpackbits(packed, count=size).view(np.bool_).reshape(shape)
     except (KeyError, ValueError, TypeError) as error:
         raise PatternError(
             f"'elements' is {show(value)}, which is no mask ({error}); write lists of booleans, as "
             "deep as the array has axes"
         ) from None
+
+
+def _read_size(value: Any) -> int:
+    """The size of an axis."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{show(value)} is no size of an axis")
+    return value
 
 
 def _read_recipe(table: dict[str, Any], params: PyTree, structure: Structure | None) -> Rules:
@@ -401,18 +432,24 @@ def _read_argument(value: Any, params: PyTree, structure: Structure | None) -> A
         return [_read_argument(each, params, structure) for each in value]
     if not _is_table(value):
         return value
-    if "stack" not in value:
+    if "stack" not in _table(value, "stack"):
         return _read_target(value)
     table = _table(value, "stack", {"stack", "below", "above", "axis"})
     arguments = {key: _read_argument(each, params, structure) for key, each in table.items()}
     return recipes.depths(params, arguments.pop("stack"), **arguments, structure=structure)
 
 
+def _read_path(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
 def _read_shapes(value: Any) -> PyTree:
     """A tree of shapes, by path."""
     try:
         return {
-            path: jax.ShapeDtypeStruct(tuple(map(int, shape)), np.float32)
+            _read_path(path): jax.ShapeDtypeStruct(tuple(map(_read_size, shape)), np.float32)
             for path, shape in _table(value, "base").items()
         }
     except (TypeError, ValueError):
@@ -435,8 +472,10 @@ def _is_list(value: Any) -> bool:
 
 
 def _is_table(value: Any) -> bool:
+    if isinstance(value, type):
+        return False
     is_config = hasattr(value, "items") and hasattr(value, "keys")  # as those of ml_collections
-    is_record = dataclasses.is_dataclass(value) and not isinstance(value, type)
+    is_record = dataclasses.is_dataclass(value)
     return isinstance(value, Mapping) or is_config or is_record
 
 

@@ -52,7 +52,13 @@ class During:
             )
         if self.stop is not None and self.stop <= self.start:
             raise MultiplierError(f"{self!r} is over before it starts; write a later stop")
-        object.__setattr__(self, "multiplier", float(self.multiplier))
+        read = {
+            "multiplier": float(self.multiplier),
+            "start": int(self.start),
+            "stop": None if self.stop is None else int(self.stop),
+        }
+        for name, value in read.items():
+            object.__setattr__(self, name, value)
 
     def __call__(self, step: Any) -> Any:
         """The multiplier at a step."""
@@ -73,4 +79,7 @@ class During:
 
 
 def _is_usable(multiplier: Any) -> bool:
-    return math.isfinite(multiplier) and multiplier != 0
+    try:
+        return math.isfinite(multiplier) and float(multiplier) != 0
+    except OverflowError:
+        return False

@@ -382,12 +382,23 @@ def is_wild(selector: Selector) -> bool:
     )
 
 
+def _plain(end: Any) -> Any:
+    """An int of Python for one of NumPy."""
+    return int(end) if isinstance(end, numbers.Integral) and not isinstance(end, bool) else end
+
+
 def show_target(target: Target) -> str:
     """Write a target as it stands in Python source, as far as it can be."""
     if target is ...:
         return "..."
     if isinstance(target, OfType):
         return target.text
+    if isinstance(target, str):
+        return show(str(target))  # of NumPy's text too
+    if isinstance(target, numbers.Integral) and not isinstance(target, bool):
+        return show(int(target))
+    if isinstance(target, slice):
+        return show(slice(*map(_plain, (target.start, target.stop, target.step))))
     if isinstance(target, tuple):
         shown = [show_target(part) for part in target[:20]] + ["..."] * (len(target) > 20)
         return shorten(f"({', '.join(shown)}{',' * (len(target) == 1)})")

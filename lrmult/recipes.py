@@ -14,7 +14,7 @@ import math
 import numbers
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from lrmult._errors import LrmultError, PatternError, RuleError, listing, show
 from lrmult._multipliers import Multiplier
@@ -128,10 +128,18 @@ def layer_decay(
     that no pattern knows silently gets 1, and schedules with a floor undo the ratio; here neither
     can happen.
     """
-    if not (_is_number(decay) and 0 < decay < math.inf):
+    if not _is_positive(decay):
         raise RuleError(f"layer_decay: decay is {show(decay)}; write a positive number, as 0.75")
     groups = _read(depths, "depths")
-    scales = [float(decay) ** (len(groups) - 1 - i) for i in range(len(groups))]
+    try:
+        scales = [float(decay) ** (len(groups) - 1 - i) for i in range(len(groups))]
+    except OverflowError:
+        scales = [0.0]
+    if not all(scales):
+        raise RuleError(
+            f"layer_decay: {show(decay)} to the power of {len(groups) - 1} is no float; write a "
+            "decay nearer to 1"
+        )
     return _grouped("layer_decay", params, groups, scales, structure)
 
 
@@ -172,15 +180,16 @@ def discriminative(
     multipliers here.
     """
     for name, value in {"lo": hi if lo is None else lo, "hi": hi}.items():
-        if not (_is_number(value) and 0 < value < math.inf):
+        if not _is_positive(value):
             raise RuleError(f"discriminative: {name} is {show(value)}; write a positive number")
     listed = _read(groups, "groups")
-    last = len(listed) - 1
+    last, hi = len(listed) - 1, float(hi)
     if lo is None:
         scales = [hi / 10] * last + [hi]
     else:
+        lo = float(lo)
         scales = [lo * (hi / lo) ** (i / last) if 0 < i < last else lo for i in range(last)] + [hi]
-    return _grouped("discriminative", params, listed, scales, structure)
+    return _grouped("discriminative", params, listed, scales[: len(listed)], structure)
 
 
 def freeze_to(
@@ -319,7 +328,7 @@ def unfreezing_stages(
     full = _full(call, multipliers, listed)
     return [
         _grouped(call, params, listed, [*[None] * frozen, *full[frozen:]], structure)
-        for frozen in range(len(listed) - 1, -1, -1)
+        for frozen in range(max(len(listed), 1) - 1, -1, -1)
     ]
 
 
@@ -517,7 +526,7 @@ def lora_plus(
     Hayou, Ghosh and Yu 2024, arXiv:2402.12354. Their code gives the larger rate to all vectors that
     train as well, and a rate of its own to adapters of embeddings; here write a rule in front.
     """
-    if not (_is_number(ratio) and 0 < ratio < math.inf):
+    if not _is_positive(ratio):
         raise RuleError(f"lora_plus: ratio is {show(ratio)}; write a positive number, such as 16")
     first = [(each, ratio) for each in _as_list(b)] + [(each, 1.0) for each in _as_list(a)]
     rest = [*[(each, 1.0) for each in _as_list(head)], (..., None)]
@@ -637,8 +646,15 @@ def mup(
             found[path] = 1 / widths[0]
         elif len(grown) == 2:
             inputs, out = widths
-            if inputs != out and _output_axis(path, params, structure) == next(iter(grown)):
-                inputs, out = out, inputs
+            if inputs != out:
+                axis = _output_axis(path, params, structure)
+                if axis not in grown:
+                    raise RuleError(
+                        f"mup: {path!r} has {len(grown)} axes that are wider than in the base "
+                        f"model, by unlike ratios, and its output axis ({axis}) is none of them"
+                    )
+                if axis == next(iter(grown)):
+                    inputs, out = out, inputs
             found[path] = 1 / inputs if optimizer == "adam" else out / inputs
         else:
             found[path] = widths[0] if widths and optimizer == "sgd" else 1.0
@@ -652,6 +668,18 @@ def mup(
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _is_positive(value: Any) -> bool:
+    """Whether it is a positive number that a float can hold."""
+    try:
+        return _is_number(value) and 0 < float(value) < math.inf
+    except OverflowError:
+        return False
+
+
+def _is_int(value: Any) -> TypeGuard[int]:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _as_list(targets: Targets | None) -> list[Target]:
@@ -765,9 +793,9 @@ def _full(call: str, multipliers: Sequence[float] | None, groups: Sequence[Any])
 
 def _thaws(every: int | Sequence[int], most: int) -> list[int]:
     """The steps at which groups thaw, from input to output."""
-    if isinstance(every, int) and not isinstance(every, bool) and every > 0:
-        return [every * i for i in range(most, -1, -1)]
-    steps = every if isinstance(every, list | tuple) else []
+    if _is_int(every) and every > 0:
+        return [int(every) * i for i in range(most, -1, -1)]
+    steps = every if isinstance(every, list | tuple) and all(map(_is_int, every)) else []
     if len(steps) != most or steps is not every or sorted(steps) != [*steps]:
         raise RuleError(
             f"gradual_unfreezing: every is {show(every)}; write a number of steps, or {most} "
@@ -804,7 +832,8 @@ def _is_norm(layer: dict[str, tuple[int, ...]]) -> bool:
     if "weight" in layer:
         alone = layer.keys() == {"weight"} and len(layer["weight"]) == 1
         return alone or (layer.keys() == {"weight", "bias"} and len({*layer.values()}) == 1)
-    return "scale" in layer and layer.keys() <= {"scale", "bias", "offset"}
+    known = {"scale", "bias", "offset", "mean", "var"}  # the last two are statistics of NNX
+    return "scale" in layer and layer.keys() <= known
 
 
 def _patterns(params: PyTree, values: Mapping[str, Any], wanted: Any) -> list[Target]:
@@ -844,6 +873,8 @@ def _width_ratios(plan: Plan, base: Plan) -> dict[str, dict[int, float]]:
             raise RuleError(
                 f"mup: {leaf.path!r} has the shape {leaf.shape}, and in the base model {shape}"
             )
+        if 0 in shape and shape != leaf.shape:
+            raise RuleError(f"mup: {leaf.path!r} has no elements in the base model: {shape}")
         sizes = enumerate(zip(leaf.shape, shape, strict=True))
         found[leaf.path] = {axis: new / old for axis, (new, old) in sizes if new != old}
     return found
@@ -852,5 +883,5 @@ def _width_ratios(plan: Plan, base: Plan) -> dict[str, dict[int, float]]:
 def _output_axis(path: str, params: PyTree, structure: Structure | None) -> int:
     """The axis of an array's outputs, as `neurons` finds it."""
     _, plan = _checked("mup", params, [(neurons(path, 0), None)], structure)
-    [piece] = [piece for pieces in plan.claims for piece in pieces if piece.rule == 0]
-    return next(iter(piece.region.vectors))
+    piece = next(piece for pieces in plan.claims for piece in pieces if piece.rule == 0)
+    return next(iter(piece.region.vectors), -1)  # of one output unit it is all

@@ -54,7 +54,7 @@ def test_mup_scales_decay_against_the_rate(rates, decays):
 @pytest.mark.parametrize(("lo", "hi", "rates"), FASTAI["rows"])
 def test_discriminative(lo, hi, rates):
     groups = [f"group_{i}" for i in range(len(rates))]
-    params = tree_of(dict.fromkeys(groups, [1]))
+    params = tree_of(dict.fromkeys(groups, (1,)))
     found = got(recipes.discriminative(params, lo, hi, groups), params)
     assert [found[group] for group in groups] == pytest.approx(rates, rel=1e-12)
 

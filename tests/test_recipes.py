@@ -222,10 +222,9 @@ def net(name):
             return Net(params, "net", stem, top, depth, structure=structure)
         case "odd names":
             params = tree_of(SHAPES | {f"a*/b[{i}]/{{w}}": (4,) for i in (0, 1, 2)})
-            names = lm.Structure(order={"a\\*": ["b[0]", "b[1]", "b[2]"]})
-            return Net(
-                params, "a\\*", stem, top, numbered(r"a\\\*/b\\\[", r"\\\]"), structure=names
-            )
+            order = lm.Structure(order={"a\\*": ["b[0]", "b[1]", "b[2]"]})
+            depth = numbered(r"a\\\*/b\\\[", r"\\\]")
+            return Net(params, "a\\*", stem, top, depth, structure=order)
         case "stacked":
             structure = lm.Structure(stacked={"net/layers": 0})
             params = tree_of(SHAPES | {"net/layers/w": (3, 4), "net/layers/b": (3, 2, 2)})
@@ -256,9 +255,9 @@ def at(rules, step):
     )
 
 
-def check_depths(found, rules, values, step=0):
+def check_depths(found, rules, values, step=None):
     """Every array gets what is due to its depth; frozen where that is 0."""
-    plan = lm.compile_rules(at(rules, step), found.params, structure=found.structure)
+    plan = lm.compile_rules(at(rules, step or 0), found.params, structure=found.structure)
     assert len(plan.leaves) > 3
     for leaf in plan.leaves:
         got = np.asarray(leaf.multiplier, np.float64)
@@ -269,7 +268,8 @@ def check_depths(found, rules, values, step=0):
             got = np.broadcast_to(got, leaf.shape).swapaxes(axis, 0).reshape(3, -1)[:, 0]
         else:
             wanted = np.asarray(values[(found.depth or numbered("-"))(leaf.path)])
-        np.testing.assert_allclose(got, wanted, rtol=1e-12, atol=0, err_msg=leaf.path)
+        exact = 1e-12 if step is None else 1e-7  # schedules give float32
+        np.testing.assert_allclose(got, wanted, rtol=exact, atol=0, err_msg=leaf.path)
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -387,9 +387,9 @@ def test_every_depth_gets_its_multiplier(recipe, name):
     rules = call(found.params, groups, structure=found.structure)
     assert all(rule.optional for rule in rules)
     scheduled = any(callable(rule.multiplier) for rule in rules)
-    for step in (0, 2, 3, 7, 9, 11) if scheduled else (0,):
+    assert scheduled == ("gradual" in recipe or "progressive" in recipe)
+    for step in (0, 2, 3, 7, 9, 11) if scheduled else (None,):
         check_depths(found, rules, [formula(i, n, step) for i in range(n)], step)
-    assert any("gradual" in recipe or "progressive" in recipe for _ in "x") == scheduled
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -469,11 +469,7 @@ def test_ulmfit_discriminates_while_it_thaws():
     full = recipes.layer_decay(params, 1 / 2.6, groups)
     for step, frozen in ((9, 2), (10, 1), (19, 1), (20, 0)):
         both = recipes.freeze_to(params, frozen, groups) + full
-        for got, wanted in zip(
-            *(lm.compile_rules(each, params).leaves for each in (at(rules, step), both)),
-            strict=True,
-        ):
-            assert got.multiplier == pytest.approx(wanted.multiplier, rel=1e-6)
+        assert values(at(rules, step), params) == pytest.approx(values(both, params), rel=1e-6)
 
 
 @cases(40)
@@ -518,7 +514,7 @@ def test_progressive_freezing_of_a_long_run():
 PARAMS = {
     "body": jnp.cos(jnp.arange(6.0)).reshape(2, 3),
     "neck": jnp.sin(jnp.arange(4.0)),
-    "head": jnp.full(3, -0.0),
+    "head": jnp.array([-0.0, -0.0, 0.0]),
 }
 GROUPS = ["body", "neck", "head"]
 STARTS = {"body": 6, "neck": 2, "head": 0}
@@ -526,7 +522,6 @@ RATES = {"body": 0.25, "neck": 0.5, "head": 1.0}
 OPTIMIZERS = {
     "sgd": optax.sgd(0.1, momentum=0.9),
     "adamw": optax.adamw(0.1, weight_decay=0.1),
-    "rmsprop": optax.rmsprop(0.1, momentum=0.5),
     "decaying": optax.adam(optax.linear_schedule(0.1, 0.01, 12)),
 }
 
@@ -718,16 +713,12 @@ def test_norms_of_a_whole_nnx_state():
 
 
 def test_norms_of_equinox_with_state():
-    model = eqx.filter(
-        eqx.nn.Sequential(
-            [
-                eqx.nn.Linear(3, 3, key=jax.random.key(0)),
-                eqx.nn.BatchNorm(3, "batch", mode="ema"),
-                eqx.nn.PReLU(),
-            ]
-        ),
-        eqx.is_inexact_array,
-    )
+
+    def make():
+        linear = eqx.nn.Linear(3, 3, key=jax.random.key(0))
+        return eqx.nn.Sequential([linear, eqx.nn.BatchNorm(3, "batch", mode="ema"), eqx.nn.PReLU()])
+
+    model = eqx.filter(eqx.nn.make_with_state(make)()[0], eqx.is_inexact_array)
     assert trained(recipes.norms_only(model), model) == {"layers/1/weight", "layers/1/bias"}
 
 
@@ -795,6 +786,10 @@ def test_many_norms_are_few_rules():
     rules = recipes.norms_only(params)
     assert trained(rules, params) == {*shapes}
     assert len(rules) == 2
+    more = {"act_0/scale": (4,), "act_1/kernel": (4,)}  # of these, one by name
+    rules = recipes.norms_only(tree_of(shapes | more))
+    assert trained(rules, tree_of(shapes | more)) == {*shapes, "act_0/scale"}
+    assert len(rules) == 3
 
 
 @pytest.mark.parametrize(
@@ -915,9 +910,8 @@ def test_new_tokens_train_and_no_others():
         tx = lm.wrap(optax.adamw(0.1), rules, compact=compact)
         grads = jax.tree.map(np.ones_like, params)
         state = tx.init(params)
-        assert optax.tree.get(state, "mu")["embed"]["embedding"].shape == (
-            (2, 4) if compact else (10, 4)
-        )
+        moments = optax.tree.get(state, "mu")["embed"]["embedding"]
+        assert moments.shape == ((2, 4) if compact else (10, 4))
         updates, _ = tx.update(grads, state, params)
         moved = np.any(np.asarray(updates["embed"]["embedding"]) != 0, axis=1)
         assert np.flatnonzero(moved).tolist() == [1, 3]
@@ -1028,19 +1022,23 @@ def test_mup_of_attention(optimizer, vector, hidden):
 
 def test_mup_of_convolutions():
     def shapes(ins, outs):
-        return {
-            "conv/kernel": (3, 3, ins, outs),
-            "conv/bias": (outs,),
-            "dw/kernel": (3, 3, 1, outs),
-        }
+        conv = {"conv/kernel": (3, 3, ins, outs), "conv/bias": (outs,)}
+        return conv | {"dw/kernel": (3, 3, 1, outs)}
 
     params, base = tree_of(shapes(16, 64)), tree_of(shapes(8, 8))
     adam, sgd = (values(recipes.mup(params, base, o), params) for o in ("adam", "sgd"))
     assert adam == {"conv/kernel": 1 / 2, "conv/bias": 1, "dw/kernel": 1}
     assert sgd == {"conv/kernel": 8 / 2, "conv/bias": 8, "dw/kernel": 8}
-    equinox = tree_of({"conv/weight": (64, 16, 3), "conv/bias": (64, 1)})
-    base = tree_of({"conv/weight": (8, 8, 3), "conv/bias": (8, 1)})
-    assert values(recipes.mup(equinox, base, "sgd"), equinox) == {"conv/weight": 4, "conv/bias": 8}
+
+
+def test_mup_of_an_equinox_convolution():
+    params, base = (
+        eqx.filter_eval_shape(eqx.nn.Conv1d, ins, outs, 3, key=jax.random.key(0))
+        for ins, outs in ((16, 64), (8, 8))
+    )
+    for optimizer, kernel, bias in (("adam", 1 / 2, 1), ("sgd", 8 / 2, 8)):
+        rules = recipes.mup(params, base, optimizer, structure=lm.structure_of(params))
+        assert values(rules, params) == {"weight": kernel, "bias": bias}
 
 
 def test_mup_of_stacked_layers():
@@ -1071,24 +1069,28 @@ def test_mup_learns_as_the_base_model_does():
     """With Adam, the change of activations in the first step does not hang on the width."""
 
     def change(width):
-        keys = jax.random.split(jax.random.key(0), 3)
+        random = np.random.default_rng(0)
         shapes = {"in": (4, width), "mid": (width, width), "out": (width, 1)}
         params = {
-            name: jax.random.normal(key, shape) * shape[0] ** -0.5
-            for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+            name: np.float32(random.normal(size=shape) * shape[0] ** -0.5)
+            for name, shape in shapes.items()
         }
         base = {name: np.zeros([16 if n == width else n for n in s]) for name, s in shapes.items()}
         rules = recipes.mup(params, base, output="out")
-        x = jax.random.normal(jax.random.key(1), (8, 4))
+        tx = optax.chain(optax.scale_by_sign(), optax.scale(-1e-3), lm.scale_by_rules(rules))
+        x = np.float32(random.normal(size=(8, 4)))
 
         def hidden(p):
             return jax.nn.relu(jax.nn.relu(x @ p["in"]) @ p["mid"])
 
-        grads = jax.grad(lambda p: jnp.mean((hidden(p) @ p["out"] - 1) ** 2))(params)
-        tx = optax.chain(optax.adam(1e-3), lm.scale_by_rules(rules))
-        updates, _ = tx.update(grads, tx.init(params), params)
-        after = optax.apply_updates(params, updates)
-        return float(jnp.abs(hidden(after) - hidden(params)).mean())
+        @jax.jit
+        def changed(params):
+            grads = jax.grad(lambda p: jnp.mean((hidden(p) @ p["out"] - 1) ** 2))(params)
+            updates, _ = tx.update(grads, tx.init(params), params)
+            after = optax.apply_updates(params, updates)
+            return jnp.abs(hidden(after) - hidden(params)).mean()
+
+        return float(changed(params))
 
     narrow, wide = change(32), change(512)
     assert 0.6 < wide / narrow < 1.6
@@ -1158,7 +1160,10 @@ def test_widths_that_make_no_sense(call, error, says):
 # ---- depths that cannot be ----------------------------------------------------------------------
 
 STACK = {
-    "net": {"layers": {"w": np.zeros((3, 4)), "b": np.zeros((3, 2))}, "blocks": [np.zeros(1)] * 2},
+    "net": {
+        "layers": {"w": np.zeros((3, 4)), "b": np.zeros((3, 2))},
+        "blocks": [np.zeros(1), np.zeros(1)],
+    },
     "convs": {"c1": np.zeros(1), "c_2": np.zeros(1)},
     "empty": [],
     "head": np.zeros(2),
@@ -1168,8 +1173,8 @@ STACK = {
 @pytest.mark.parametrize(
     ("stack", "options", "error", "says"),
     [
-        ("net/layer", {}, lm.UnmatchedRuleError, ("'net/layers[:]'",)),
-        ("layers", {}, lm.UnmatchedRuleError, ("net/layers",)),
+        ("net/layer", {}, lm.UnmatchedRuleError, ("'net/layer[:]'", "'layers'")),
+        ("layers", {}, lm.UnmatchedRuleError, ("'layers[:]'", "net/")),
         ("net/layers", {}, lm.PositionError, ("'b' and 'w'", "unlike names")),
         ("convs", {}, lm.PositionError, ("unlike names",)),
         ("convs/c", {}, lm.PositionError, ("'c1'", "'c_2'")),
@@ -1206,10 +1211,8 @@ def test_a_stack_that_is_told_needs_no_axis():
     with pytest.raises(lm.PositionError, match="unlike names"):
         recipes.depths(STACK, "convs", structure=structure)
     names = lm.Structure(order={"convs": ["c_2", "relu", "c1"]})
-    assert recipes.depths(STACK, "convs", structure=structure | names) == [
-        ["convs/c_2"],
-        ["convs/c1"],
-    ]
+    found = recipes.depths(STACK, "convs", structure=structure | names)
+    assert found == [["convs/c_2"], ["convs/c1"]]
 
 
 # ---- mistakes -----------------------------------------------------------------------------------
