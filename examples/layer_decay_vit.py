@@ -1,14 +1,14 @@
 """Fine-tune a small vision transformer with a rate for each layer, and see what that does.
 
 A transformer of six blocks learns from the digits 0 to 4 that scikit-learn ships, turned and
-mirrored in all eight ways: it tells which digit it sees, and which way. Then it gets a new head,
-and a new token, to read 5 to 9, of which it sees ten images each: with one learning rate for all;
-with layer decay, where each layer learns at 0.75 of the rate of the layer above it; and as a linear
-probe, where the new head alone learns. From random numbers it learns too, to see what it had
-learned before. All four get the same training images, batches and learning rates.
+mirrored in all eight ways: it tells which digit it sees, and which way. Then it gets a new head and
+a new token, and learns to read 5 to 9 from ten images of each: with one learning rate for all; with
+layer decay, where each layer learns at 0.75 of the rate of the layer above it; and as a linear
+probe, where the head alone learns. A transformer of random numbers learns the same, to see what the
+first task was worth. All get the same images, batches and learning rates.
 
-In the end it reads ``rules.toml``, which has one rule of each kind for this model, prints what they
-do, and saves the model. The command line tells the same of the file that it has saved.
+In the end it reads ``rules.toml``, which has a rule of each kind for this model, prints what they
+do, and saves the model. Of the saved file the command line tells the same, as below.
 
     python examples/layer_decay_vit.py [--output layer_decay_vit.png] [--checkpoint vit.npz]
                                        [--seed 0] [--runs 5]
@@ -140,7 +140,8 @@ def beginning(params: dict, seed: int) -> dict:
     """A model that is to learn the new task: with a new head, and a token copied from the old."""
     token = lm.extract(params, lm.rows("tokens/embedding", 0))
     params = lm.replace(params, lm.rows("tokens/embedding", 1), token)
-    return params | {"head": random(NEW, ~seed)["head"]}
+    head = nn.Dense(CLASSES).init(jax.random.key(seed), jnp.zeros((1, WIDTH)))["params"]
+    return params | {"head": head}
 
 
 def tune(way: str, rules: lm.Rules, params: dict, data: Data, seeds: range) -> dict:
@@ -269,7 +270,7 @@ def draw(path: Path, runs: dict, depths: list, far: dict, data: list[Data], plan
     draw_depths(*left.subplots(1, 2), depths, far)
     draw_accuracy(middle.subplots(), runs)
     ax = plan.plot(steps=STEPS[0], ax=right.subplots())
-    ax.set_title("Of the same model: rules.toml, by step", loc="left", **BOLD)
+    ax.set_title("What rules.toml says of it, by step", loc="left", **BOLD)
     for ax in (*left.axes, *middle.axes):
         ax.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=100, bbox_inches="tight", pad_inches=0.15)

@@ -123,7 +123,9 @@ def scale_decay(
         )
         decayed = iter(after)
         leaves = [
-            u if w is None else select(scales, at.packed, u, next(decayed))
+            u
+            if w is None
+            else select(scales, at.packed, u, next(decayed).astype(jnp.result_type(u)))
             for u, w, scales in zip(before, scaled, plan.scales, strict=True)
         ]
         return treedef.unflatten(leaves), DecayState(rules_state, rate_state)

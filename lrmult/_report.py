@@ -601,10 +601,10 @@ class _Siblings:
 
     def _family(self, base: str | None) -> _Family | None:
         try:
-            above, children, family = self._orders.counted(self._node, base)
+            _, children, family = self._orders.counted(self._node, base)
         except PositionError:
             return None
-        if family is None or above != self._node or children is not self._children:
+        if family is None or children is not self._children:
             return None
         known = set(self._names)
         return _Family(base, {m: n for n, m in sorted(family.members.items()) if m in known})

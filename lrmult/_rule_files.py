@@ -50,6 +50,8 @@ def write_rules(rules: Rules) -> dict[str, Any]:
 
 def read_rules(data: Any, params: PyTree, structure: Structure | None) -> Rules:
     """What `Rules.from_dict` returns."""
+    if isinstance(data, Rules):
+        return data
     items = data if _is_list(data) else _table(data, "file of rules", {"rules"}).get("rules")
     if items is None or not _is_list(items):
         raise RuleError(
@@ -137,7 +139,11 @@ def _parse_yaml(text: str) -> Any:
         pass
 
     def mapping(loader: Any, node: Any) -> Any:
-        return _without_repeats(loader.construct_pairs(node, deep=True))
+        merge = "tag:yaml.org,2002:merge"
+        keys = [loader.construct_object(key) for key, _ in node.value if key.tag != merge]
+        _without_repeats([(key, None) for key in keys])
+        loader.flatten_mapping(node)
+        return dict(loader.construct_pairs(node, deep=True))
 
     def number(read: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         # YAML 1.1 counts to the base of 60: it would read the slice 1:30 as 90.
@@ -266,7 +272,8 @@ def _read_item(item: Any, params: PyTree, structure: Structure | None) -> Rules:
     for key in ("target", "multiplier"):
         if key not in table:
             raise RuleError(f"it has no {key!r}; write {{'target': 'head', 'multiplier': 10}}")
-    is_optional = table.pop("optional", None) or False
+    is_optional = table.pop("optional", None)
+    is_optional = False if is_optional is None else is_optional
     if not isinstance(is_optional, bool):
         raise RuleError(f"'optional' is {show(is_optional)}; write true or false")
     multiplier = _read_multiplier(table.pop("multiplier"))
@@ -289,7 +296,10 @@ def _read_multiplier(value: Any) -> Any:
         raise MultiplierError(f"{value!r} is no multiplier; write a number, or 'frozen'")
     if _is_table(value):
         table = _table(value, "multiplier", {"multiplier", "start", "stop"})
-        return During(table.get("multiplier", 1.0), table.get("start") or 0, table.get("stop"))
+        start = table.get("start")
+        return During(
+            table.get("multiplier", 1.0), 0 if start is None else start, table.get("stop")
+        )
     return value
 
 
@@ -318,6 +328,8 @@ def _read_part(table: dict[str, Any]) -> Target:
 
 
 def _read_target(value: Any) -> Target:
+    if isinstance(value, Part | OfType | re.Pattern | slice) or value is ...:
+        return value  # in a configuration that is a program
     if not _is_table(value):
         if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
             return value

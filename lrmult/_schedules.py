@@ -42,8 +42,10 @@ class During:
         steps = {"start": self.start, "stop": 0 if self.stop is None else self.stop}
         for name, step in steps.items():
             is_step = isinstance(step, numbers.Integral) and not isinstance(step, bool)
-            if not is_step or step < 0:
-                raise MultiplierError(f"{self!r}: {name} is {show(step)}; write a step, from 0")
+            if not is_step or not 0 <= step < 2**31:
+                raise MultiplierError(
+                    f"{self!r}: {name} is {show(step)}; write a step, from 0 to below 2**31"
+                )
         is_number = isinstance(self.multiplier, numbers.Real)
         if not is_number or isinstance(self.multiplier, bool) or not _is_usable(self.multiplier):
             raise MultiplierError(

@@ -281,7 +281,7 @@ def gradual_unfreezing(
         params,
         listed,
         [
-            During(full, start=start) if start else full
+            During(full, start=start) if start and full else full
             for full, start in zip(_full(call, multipliers, listed), starts, strict=True)
         ],
         structure,
@@ -494,8 +494,8 @@ def lora_plus(
     ratio: float = 16.0,
     *,
     head: Targets | None = None,
-    a: Targets = "**/*{lora_a,lora_A}*",
-    b: Targets = "**/*{lora_b,lora_B}*",
+    a: Targets = "**/*{lora_a,lora_A}",
+    b: Targets = "**/*{lora_b,lora_B}",
     structure: Structure | None = None,
 ) -> Rules:
     """Train low-rank adapters alone, B faster than A by a fixed ratio, and the head.
@@ -521,7 +521,7 @@ def lora_plus(
         >>> lora = {"lora_a": jnp.ones((4, 1)), "lora_b": jnp.ones((1, 4))}
         >>> params = {"kernel": jnp.ones((4, 4)), "lora": lora}
         >>> recipes.lora_plus(params, 8)
-        optional([('**/*{lora_b,lora_B}*', 8.0), ('**/*{lora_a,lora_A}*', 1.0), (..., None)])
+        optional([('**/*{lora_b,lora_B}', 8.0), ('**/*{lora_a,lora_A}', 1.0), (..., None)])
 
     Hayou, Ghosh and Yu 2024, arXiv:2402.12354. Their code gives the larger rate to all vectors that
     train as well, and a rate of its own to adapters of embeddings; here write a rule in front.

@@ -9,10 +9,10 @@ import sys
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def output_of(example, tmp_path):
+def output_of(example, tmp_path, *options):
     """What an example prints, after a look at the picture that it draws."""
     picture = tmp_path / "picture.png"
-    command = [sys.executable, ROOT / "examples" / example, "--output", picture]
+    command = [sys.executable, ROOT / "examples" / example, "--output", picture, *options]
     env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=tmp_path, env=env, check=False
@@ -132,3 +132,53 @@ def test_fixed_kernels(tmp_path):
         assert lower[0] > 95
         assert lower[1][2] < plain - 5
         assert lower[2] > 0.1
+
+
+def test_layer_decay_vit(tmp_path):
+    checkpoint = tmp_path / "vit.npz"
+    text = output_of("layer_decay_vit.py", tmp_path, "--runs", "2", "--checkpoint", str(checkpoint))
+    decayed = re.findall(r"^block_(\d) .+ 8,544 +([\d.]+) +\d+: 'block_\1'$", text, re.MULTILINE)
+    assert [float(multiplier) for _, multiplier in decayed] == [0.75 ** (6 - k) for k in range(6)]
+    assert "All 104 multipliers are 0.75 to the power of the layers above." in text
+    rates = {
+        name: [float(rate) for rate in re.findall(r"([\d.]+)% \(", cells)]
+        for name, cells in re.findall(
+            r"^(\w[\w ]+?) +((?:[\d.]+% \(.+?\) *){4})$", text, re.MULTILINE
+        )
+    }
+    assert list(rates) == ["layer decay", "one rate", "linear probe", "from random numbers"]
+    assert min(max(found) for found in rates.values()) > 40  # a fifth is chance
+    quotients = [float(x) for x in re.findall(r"^\d: .+ ([\d.]+)$", text, re.MULTILINE)]
+    assert len(quotients) == 8
+    assert quotients == sorted(quotients, reverse=True)  # the lower a layer, the less it moves
+
+    [table] = re.findall(r"The plan of rules.toml:\n\n(.+)\n\nThe same", text, re.DOTALL)
+    claiming = {int(rule) for rule in re.findall(r"(?<= |;)(\d+): (?=['{\w.])", table)}
+    assert claiming == {*range(17)} - {8}
+    assert "rule 8 ('registers' -> 5) claims nothing here" in table
+    command = [sys.executable, "-m", "lrmult", "explain", checkpoint]
+    command += ["--rules", ROOT / "examples" / "rules.toml"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(table)
+
+
+def test_lora_plus(tmp_path):
+    text = output_of("lora_plus.py", tmp_path, "--runs", "2")
+    assert "6,440 train, 150,794 frozen" in text  # the plan's table
+    for name, multiplier in (("a", 1), ("b", 16)):
+        assert re.search(rf"^\S+/lora_{name} .+ {multiplier} +\d: \S+$", text, re.MULTILINE)
+    state = 2 * 4 * 6440 + 8  # two moments of what trains; Adam and its schedule count
+    assert f"The state of Adam: 1,257,876 bytes; in lm.wrap: {state:,}" in text
+    flat = " ".join(text.split())
+    assert "The base kept every bit, and all adapters changed." in flat
+    assert "3,590 logits for 359 upright digits are what they were, bit by bit." in flat
+    by_recipe, at_run_time = (
+        float(re.search(rf"{name}: +([\d.]+)$", text, re.MULTILINE)[1])
+        for name in ("nnx.Optimizer", "run time")
+    )
+    assert abs(by_recipe - at_run_time) < 0.05
+    found = re.findall(r"^ +(\d+)   2\^-.+\) +([\d.]+)% \(", text, re.MULTILINE)
+    assert [int(ratio) for ratio, _ in found] == [1, 4, 16, 64]
+    assert min(float(rate) for _, rate in found) > 80
+    assert float(re.search(r"upright, ([\d.]+)% sideways", text)[1]) < 40  # before

@@ -285,6 +285,10 @@ def test_a_mixed_layer_is_split():
     assert len(values) == 1 + 2 * 13
     assert coordinates[7:10].tolist() == pytest.approx([4, 4.8, 5])  # a fifth are biases
     assert values.filled(0)[7:9].tolist() == [[0, 2.0], [0.5, 0.5]]
+    rules = [("encoder/layer[3]/mlp/bias", lm.During(2.0, start=5))]
+    ax = drawn(rules, transformer(), steps=[0, 9])
+    assert mesh_of(ax).get_coordinates()[4:7, 0, 1].tolist() == pytest.approx([4, 4 + 36 / 40.8, 5])
+    assert mesh_of(ax).get_array()[4].tolist() == [1, 1]  # the largest part comes first
     # However small a part is, it shows.
     rules = [(lm.elements("embed", np.arange(40).reshape(10, 4) == 7), lm.During(2.0, start=5))]
     ax = drawn(rules, transformer(), steps=[0, 9])

@@ -830,7 +830,7 @@ def test_lora_plus():
 
 def test_lora_plus_of_other_names():
     shapes = {"q/A": (4, 2), "q/B": (2, 4), "q/kernel": (4, 4), "v/down": (4, 2), "v/up": (2, 4)}
-    params = tree_of(shapes | {"lora_A_norm": (2,), "x/my_lora_B.default": (2,)})
+    params = tree_of(shapes | {"x/my_lora_A": (2,), "x/my_lora_B/default": (2,), "lora_alpha": ()})
     found = values(recipes.lora_plus(params, 4, a=["q/A", "v/down"], b=["q/B", "v/up"]), params)
     assert found == {
         "q/A": 1,
@@ -838,13 +838,14 @@ def test_lora_plus_of_other_names():
         "q/kernel": 0,
         "v/down": 1,
         "v/up": 4,
-        "lora_A_norm": 0,
-        "x/my_lora_B.default": 0,
+        "x/my_lora_A": 0,
+        "x/my_lora_B/default": 0,
+        "lora_alpha": 0,
     }
     found = values(recipes.lora_plus(params, 4), params)
     assert {path: value for path, value in found.items() if value} == {
-        "lora_A_norm": 1,
-        "x/my_lora_B.default": 4,
+        "x/my_lora_A": 1,
+        "x/my_lora_B/default": 4,
     }
     with pytest.raises(lm.UnmatchedRuleError, match="lora_plus: rule 0"):
         recipes.lora_plus(tree_of(SHAPES))

@@ -220,6 +220,9 @@ def test_rows_are_folded_no_further_than_they_need_be():
     rows = [row[0] for row in rows_of(lm.compile_rules(rules, bert()))]
     assert "encoder/layer[8:64]/attention/self/{key,query,value}/bias" in rows
     assert "encoder/layer_9/attention/self/{key,query,value}/kernel" in rows
+    # More than forty in any case, and two fewer would say less.
+    rows = [row[0] for row in rows_of(lm.compile_rules(decay("encoder/layer", 64), bert()))]
+    assert rows[:4] == ["classifier", "embeddings", "encoder/layer_0", "encoder/layer_1"]
 
 
 @pytest.mark.parametrize(
@@ -265,6 +268,37 @@ def test_names_with_characters_of_patterns():
         rows = folded(plan, detail)
         assert len(rows) == (3 if detail.row_by_row else 23)
         check_rows(rows, plan, params)
+
+
+def test_an_array_may_be_called_as_a_node_elsewhere():
+    params = {"a": {"bias": jnp.ones(2), "k": jnp.ones(2)}, "b": {"bias": {"k": jnp.ones(2)}}}
+    plan = lm.compile_rules([("a/bias", 2)], params)
+    for detail in _report._DETAILS:
+        check_rows(folded(plan, detail), plan, params)
+
+
+def test_arrays_of_one_name_get_different_answers():
+    params = {name: {"k": jnp.ones(2), "b": jnp.ones(2)} for name in "ace"}
+    params["d"] = {"k": jnp.ones(2)}
+    plan = lm.compile_rules([("c/b", 2), ("e", 3)], params)
+    rows = folded(plan, _report._DETAILS[2])
+    check_rows(rows, plan, params)
+    assert [row[0] for row in rows] == ["a/b", "{a,c,d}/k", "c/b", "e"]
+
+
+def test_positions_below_any_name():
+    params = {name: [jnp.ones(2), jnp.ones(2), jnp.ones(2)] for name in ("x_0", "x_1", "y")}
+    plan = lm.compile_rules([("*/2", 2)], params)
+    rows = folded(plan, _report._DETAILS[1])
+    check_rows(rows, plan, params)
+    assert [row[0] for row in rows] == ["*/[0:2]", "*/2"]  # *[0:2] would be x[0:2] too
+
+
+@pytest.mark.parametrize("others", [("abcd", "x"), ("abd", "x"), ("a", "x"), ("xbc", "yc")])
+def test_names_that_begin_or_end_as_others_do(others):
+    params = {name: {"k": jnp.ones(2)} for name in ("ab", "abc", "bc", *others)}
+    plan = lm.compile_rules([((name,), 2) for name in others], params)
+    check_rows(folded(plan, _report._DETAILS[1]._replace(braces=3)), plan, params)
 
 
 def folded(plan, detail):
@@ -317,9 +351,9 @@ def test_rows_of_stacks():
     params = {"layers": {str(i): jnp.ones((4, 2)) for i in range(3)}, "head": jnp.ones(2)}
     plan = lm.compile_rules([("layers[:2]", None), ("head", 3)], params, structure=structure)
     assert [row[0] for row in rows_of(plan)] == ["head", "layers"]
+    plan = lm.compile_rules([("layers/2", None)], params, structure=structure)
     # layers[0:2] would be layers of the stack.
-    plan = lm.compile_rules([("layers/1", None)], params, structure=structure)
-    check_rows(rows_of(plan), plan, params, structure)
+    assert [row[0] for row in rows_of(plan)] == ["head", "layers/0", "layers/1", "layers/2"]
 
 
 # In notebooks -------------------------------------------------------------------------------------
