@@ -456,8 +456,9 @@ def _frozen(
     if after.arrays.keys() - before.arrays.keys():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            rules = load_rules(options.rules, after.shapes)
-            found = _masks(compile_rules(rules, after.shapes, strict=False))
+            rules = load_rules(options.rules, before.shapes)
+            with contextlib.suppress(LrmultError):  # of what is new there it has no say then
+                found = _masks(compile_rules(rules, after.shapes, strict=False))
     return found | _masks(_compiled(before, options))
 
 

@@ -107,13 +107,14 @@ def load_rules(
         Rules([('encoder/layers[:4]', None), (rows('embed', slice(-10, None)), 10.0)])
     """
     file = Path(path)
-    if file.suffix not in _PARSERS:
+    kind = file.suffix.lower()
+    if kind not in _PARSERS:
         raise RuleError(
             f"{str(file)!r}: its name ends in {file.suffix!r}, and rules are read from "
             f"{', '.join(_PARSERS)}"
         )
     try:
-        data = _PARSERS[file.suffix](file.read_text(encoding="utf-8-sig"))
+        data = _PARSERS[kind](file.read_text(encoding="utf-8-sig"))
         return read_rules(data, params, structure)
     except LrmultError as error:
         raise type(error)(f"{str(file)!r}: {error}") from error.__cause__
@@ -122,7 +123,9 @@ def load_rules(
     except RecursionError:
         raise RuleError(f"{str(file)!r} is nested too deeply") from None
     except ValueError as error:
-        raise RuleError(f"{str(file)!r} is no {file.suffix[1:].upper()}: {error}") from error
+        name = {".yml": "YAML"}.get(kind, kind[1:].upper())
+        hint = " (quote patterns that begin with *)" if "alias" in str(error) else ""
+        raise RuleError(f"{str(file)!r} is no {name}: {error}{hint}") from error
 
 
 def _parse_json(text: str) -> Any:
@@ -426,7 +429,7 @@ def _read_recipe(table: dict[str, Any], params: PyTree, structure: Structure | N
     if params is None:
         raise RuleError(f"the recipe {name!r} needs the parameters: pass params")
     known = [each for each in inspect.signature(recipe).parameters if each != "params"]
-    table = _table(table, "recipe", {*known} - {"structure"})
+    table = _table(table, f"call of {name}", {*known} - {"structure"})
     arguments = {
         key: _ARGUMENTS.get(key, lambda given: _read_argument(given, params, structure))(value)
         for key, value in table.items()
@@ -441,12 +444,17 @@ def _read_recipe(table: dict[str, Any], params: PyTree, structure: Structure | N
 def _read_argument(value: Any, params: PyTree, structure: Structure | None) -> Any:
     """A number, a target, a list of some, or the groups of a stack."""
     if _is_list(value):
-        return [_read_argument(each, params, structure) for each in value]
+        read: list[Any] = []
+        for each in value:
+            found = _read_argument(each, params, structure)
+            is_stack = _is_table(each) and "stack" in _table(each, "stack")
+            read += found if is_stack else [found]
+        return read
     if not _is_table(value):
         return value
     if "stack" not in _table(value, "stack"):
         return _read_target(value)
-    table = _table(value, "stack", {"stack", "below", "above", "axis"})
+    table = _table(value, "stack", {"stack", "below", "above", "with_last", "axis"})
     arguments = {key: _read_argument(each, params, structure) for key, each in table.items()}
     return recipes.depths(params, arguments.pop("stack"), **arguments, structure=structure)
 

@@ -14,9 +14,20 @@ import math
 import numbers
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from fractions import Fraction
 from typing import Any, Literal, TypeGuard
 
-from lrmult._errors import LrmultError, PatternError, RuleError, listing, show
+import jax
+
+from lrmult._errors import (
+    AxisError,
+    LrmultError,
+    PatternError,
+    RuleError,
+    ShadowedRuleError,
+    listing,
+    show,
+)
 from lrmult._multipliers import Multiplier
 from lrmult._orders import Orders
 from lrmult._paths import ParamTree, PyTree
@@ -55,6 +66,7 @@ def depths(
     *,
     below: Groups = (),
     above: Groups = (),
+    with_last: Targets | None = None,
     axis: int | None = None,
     structure: Structure | None = None,
 ) -> list[list[Target]]:
@@ -66,13 +78,14 @@ def depths(
             ``"encoder/layers"``, or ``"encoder/block"`` for ``encoder/block_0``, ``block_1``, ...
         below: the groups before the first layer, each a target or a list of targets.
         above: the groups after the last layer.
+        with_last: what else is in the group of the last layer, such as a final norm: a target or a
+            list of targets.
         axis: the axis along which the layers are stacked, if each array holds all of them, as
             `flax.linen.scan` leaves them, and no `structure` tells it.
         structure: as for `compile_rules`.
 
     Returns:
-        A list of lists of targets, one for each group and each layer that has parameters. It is
-        yours to change: ``depths(...)[-2].append("norm")``.
+        A list of lists of targets, one for each group and each layer that has parameters.
 
     Raises:
         LrmultError: if there is no such stack, or its layers have no order.
@@ -90,7 +103,9 @@ def depths(
         layers = _layers(params, stack, structure)
     else:
         layers = [along(stack, axis, i) for i in range(_size(params, stack, axis, structure))]
-    return [*_read(below, "below"), *([layer] for layer in layers), *_read(above, "above")]
+    found = [[layer] for layer in layers]
+    found[-1] += _as_list(with_last)
+    return [*_read(below, "below"), *found, *_read(above, "above")]
 
 
 def layer_decay(
@@ -343,15 +358,15 @@ def progressive_freezing(
 ) -> Rules:
     """Freeze one group after the other, from the input on, while training goes on.
 
-    From the share `start` of all steps on, the number of frozen groups grows linearly, up to the
-    share `level` of all groups but the last at the end.
+    From the share `start` of all steps on, the number of frozen groups grows linearly, to reach the
+    share `level` of all groups but the last after the last step.
 
     Args:
         params: the parameters, or their shapes.
         groups: the groups, from input to output (see `depths`). A parameter in none is an error.
         steps: the number of steps of the whole run.
         start: the share of steps before the first group may freeze, from 0 to below 1.
-        level: the share of groups that are frozen at the end, from 0 to 1.
+        level: the share of groups that are frozen after the last step, from 0 to 1.
         structure: as for `compile_rules`.
 
     Returns:
@@ -366,7 +381,7 @@ def progressive_freezing(
         >>> from lrmult import recipes
         >>> params = {"body": jnp.ones(3), "neck": jnp.ones(3), "head": jnp.ones(1)}
         >>> recipes.progressive_freezing(params, ["body", "neck", "head"], 100, start=0.2)
-        optional([('body', During(1.0, stop=61)), ('neck', 1.0), ('head', 1.0)])
+        optional([('body', During(1.0, stop=60)), ('neck', 1.0), ('head', 1.0)])
 
     The ``LayerFreezing`` of Composer, after FreezeOut (Brock et al. 2017, arXiv:1706.04983). There
     the number is worked out at the end of each epoch, over all modules without children; here at
@@ -381,12 +396,14 @@ def progressive_freezing(
         raise RuleError(f"{call}: level is {show(level)}; write a share from 0 to 1")
     listed = _read(groups, "groups")
 
+    first, most = Fraction(str(float(start))), Fraction(str(float(level)))  # as they are written
+
     def frozen_at(step: int) -> int:
-        elapsed = (step / steps - start) / (1 - start)
-        return int(level * elapsed * (len(listed) - 1)) if elapsed > 0 else 0
+        elapsed = (Fraction(step, int(steps)) - first) / (1 - first)
+        return int(most * elapsed * (len(listed) - 1)) if elapsed > 0 else 0
 
     stops = [_first(lambda step, i=i: frozen_at(step) > i, int(steps)) for i in range(len(listed))]
-    scales = [1.0 if stop is None else During(1.0, stop=stop) if stop else None for stop in stops]
+    scales = [1.0 if stop is None else During(1.0, stop=stop) for stop in stops]
     return _grouped(call, params, listed, scales, structure)
 
 
@@ -420,7 +437,7 @@ def bitfit(
     params: PyTree,
     *,
     head: Targets | None = None,
-    biases: Targets = "**/{bias,b,offset}",
+    biases: Targets = "**/{bias,bias_n,b,offset}",
     structure: Structure | None = None,
 ) -> Rules:
     """Train the biases alone, and the head.
@@ -443,7 +460,7 @@ def bitfit(
         >>> from lrmult import recipes
         >>> trunk = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
         >>> recipes.bitfit({"trunk": trunk, "head": jnp.ones((2, 2))}, head="head")
-        optional([('head', 1.0), ('**/{bias,b,offset}', 1.0), (..., None)])
+        optional([('head', 1.0), ('**/{bias,bias_n,b,offset}', 1.0), (..., None)])
 
     Ben Zaken et al. 2021, arXiv:2106.10199, which trains the task's head as well.
     """
@@ -464,7 +481,9 @@ def norms_only(
         head: what else trains: a target or a list of targets.
         norms: the normalization layers: a target or a list of targets. By default the nodes that
             hold nothing but a ``scale`` and perhaps a ``bias`` or an ``offset`` (Flax, Haiku), or a
-            ``weight`` of one axis and perhaps a ``bias`` of the same shape (Equinox).
+            ``weight`` of one axis, or a ``bias`` of the same shape beside it (Equinox). What that
+            misses is frozen, such as a norm with no more than a bias: name them then, as with
+            `lrmult.of_type`.
         structure: as for `compile_rules`.
 
     Returns:
@@ -494,8 +513,8 @@ def lora_plus(
     ratio: float = 16.0,
     *,
     head: Targets | None = None,
-    a: Targets = "**/*{lora_a,lora_A}",
-    b: Targets = "**/*{lora_b,lora_B}",
+    a: Targets = "**/*{lora_a,lora_A,lora_embedding_A}",
+    b: Targets = "**/*{lora_b,lora_B,lora_embedding_B}",
     structure: Structure | None = None,
 ) -> Rules:
     """Train low-rank adapters alone, B faster than A by a fixed ratio, and the head.
@@ -504,7 +523,7 @@ def lora_plus(
         params: the parameters, or their shapes.
         ratio: the learning rate of B over that of A.
         head: what else trains, at the rate of A: a target or a list of targets.
-        a: the first matrices, from the input to the rank.
+        a: the first matrices, from the input to the rank. What is named otherwise is frozen.
         b: the second matrices, from the rank to the output.
         structure: as for `compile_rules`.
 
@@ -521,14 +540,15 @@ def lora_plus(
         >>> lora = {"lora_a": jnp.ones((4, 1)), "lora_b": jnp.ones((1, 4))}
         >>> params = {"kernel": jnp.ones((4, 4)), "lora": lora}
         >>> recipes.lora_plus(params, 8)
-        optional([('**/*{lora_b,lora_B}', 8.0), ('**/*{lora_a,lora_A}', 1.0), (..., None)])
+        optional([('**/*{lora_b,lora_B,lora_embedding_B}', 8.0),
+        ('**/*{lora_a,lora_A,lora_embedding_A}', 1.0), (..., None)])
 
     Hayou, Ghosh and Yu 2024, arXiv:2402.12354. Their code gives the larger rate to all vectors that
     train as well, and a rate of its own to adapters of embeddings; here write a rule in front.
     """
     if not _is_positive(ratio):
         raise RuleError(f"lora_plus: ratio is {show(ratio)}; write a positive number, such as 16")
-    first = [(each, ratio) for each in _as_list(b)] + [(each, 1.0) for each in _as_list(a)]
+    first = [(each, float(ratio)) for each in _as_list(b)] + [(each, 1.0) for each in _as_list(a)]
     rest = [*[(each, 1.0) for each in _as_list(head)], (..., None)]
     return _checked("lora_plus", params, first + rest, structure)[0]
 
@@ -581,7 +601,7 @@ def mup(
 ) -> Rules:
     """Give each array the multiplier by which its best learning rate moves as a model gets wider.
 
-    An axis that is larger than in a base model is a width. With Adam, arrays with two widths
+    An axis that has another size than in a base model is a width. With Adam, arrays with two widths
     (hidden weights) get 1 / r, where r is the ratio of their inputs to those of the base; all
     others get 1. With SGD, arrays with one width (input weights, biases, scales) get its ratio,
     arrays with two get the ratio of their outputs over that of their inputs.
@@ -597,7 +617,8 @@ def mup(
         optimizer: ``"adam"``, also for its relatives that divide by the size of the gradient, or
             ``"sgd"``.
         output: the weights of the output layer, if the model does not divide its outputs by r: a
-            target or a list of targets. They get 1 / r with both optimizers.
+            target or a list of targets. They get 1 / r with both optimizers. So do hidden weights
+            of which the inputs alone are wider; name those too.
         structure: as for `compile_rules`.
 
     Returns:
@@ -632,10 +653,10 @@ def mup(
     found: dict[str, float] = {}
     for path, grown in ratios.items():
         widths = list(grown.values())
-        if path in outputs and len(grown) != 1:
+        if path in outputs and len(grown) > 1:
             raise RuleError(
                 f"mup: {path!r} is no output weight: {len(grown)} of its axes are wider than in "
-                "the base model, not one"
+                "the base model"
             )
         if len(grown) > 2:
             raise RuleError(
@@ -643,17 +664,12 @@ def mup(
                 "rules of the paper are for one and two: keep one fixed, such as the size of heads"
             )
         if path in outputs:
-            found[path] = 1 / widths[0]
+            found[path] = 1 / widths[0] if widths else 1.0
         elif len(grown) == 2:
             inputs, out = widths
             if inputs != out:
                 axis = _output_axis(path, params, structure)
-                if axis not in grown:
-                    raise RuleError(
-                        f"mup: {path!r} has {len(grown)} axes that are wider than in the base "
-                        f"model, by unlike ratios, and its output axis ({axis}) is none of them"
-                    )
-                if axis == next(iter(grown)):
+                if abs(axis - min(grown)) < abs(axis - max(grown)):
                     inputs, out = out, inputs
             found[path] = 1 / inputs if optimizer == "adam" else out / inputs
         else:
@@ -666,7 +682,14 @@ def mup(
     return _checked("mup", params, pairs, structure)[0]
 
 
+def _as_python(value: Any) -> Any:
+    """Numbers of Python for arrays whose values are known."""
+    is_array = hasattr(value, "tolist") and not isinstance(value, jax.core.Tracer)
+    return value.tolist() if is_array else value
+
+
 def _is_number(value: Any) -> bool:
+    value = _as_python(value)
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
@@ -687,12 +710,15 @@ def _as_list(targets: Targets | None) -> list[Target]:
 
 
 def _read(groups: Any, name: str) -> list[list[Target]]:
-    if isinstance(groups, str) or not isinstance(groups, Iterable):
+    if isinstance(groups, str | Mapping) or not isinstance(groups, Iterable):
         raise RuleError(
             f"{name} is {show(groups)}; write a list, from the input of the model to its output, "
             "of targets or lists of targets"
         )
-    return [[*_as_list(group)] for group in groups]
+    found = [*groups]
+    if None in found:
+        raise RuleError(f"{name} has None in it; write [] for a depth without parameters")
+    return [[*_as_list(group)] for group in found]
 
 
 def _checked(
@@ -751,7 +777,14 @@ def _only(
 ) -> Rules:
     """Rules that train some targets, and freeze all else."""
     pairs = [(each, 1.0) for each in [*_as_list(head), *targets]]
-    return _checked(call, params, [*pairs, (..., None)], structure)[0]
+    if not pairs:
+        raise RuleError(f"{call}: nothing is named that is to train, and all would be frozen")
+    try:
+        return _checked(call, params, [*pairs, (..., None)], structure)[0]
+    except ShadowedRuleError as error:
+        raise ShadowedRuleError(
+            f"{call}: there is nothing for it to train outside the head ({error})"
+        ) from error
 
 
 def _layers(params: PyTree, stack: str, structure: Structure | None) -> list[Target]:
@@ -783,6 +816,7 @@ def _size(params: PyTree, stack: str, axis: int, structure: Structure | None) ->
 def _full(call: str, multipliers: Sequence[float] | None, groups: Sequence[Any]) -> Sequence[float]:
     if multipliers is None:
         return [1.0] * len(groups)
+    multipliers = _as_python(multipliers)
     if not isinstance(multipliers, Sequence) or len(multipliers) != len(groups):
         raise RuleError(
             f"{call}: multipliers is {show(multipliers)}; write a list with one for each of the "
@@ -793,6 +827,7 @@ def _full(call: str, multipliers: Sequence[float] | None, groups: Sequence[Any])
 
 def _thaws(every: int | Sequence[int], most: int) -> list[int]:
     """The steps at which groups thaw, from input to output."""
+    every = _as_python(every)
     if _is_int(every) and every > 0:
         return [int(every) * i for i in range(most, -1, -1)]
     steps = every if isinstance(every, list | tuple) and all(map(_is_int, every)) else []
@@ -819,7 +854,12 @@ def _norms(params: PyTree) -> list[Target]:
     layers: dict[int, dict[str, tuple[int, ...]]] = {}
     for leaf, node in tree.arrays():
         layers.setdefault(tree.parents[node], {})[tree.names[node]] = tree.shapes[leaf]
-    found = {tree.text(node): _is_norm(layer) for node, layer in layers.items() if node}
+    found = {
+        tree.text(node): _is_norm(layer)
+        and not any(tree.children[child] for child in tree.children[node].values())
+        for node, layer in layers.items()
+        if node
+    }
     if not any(found.values()):
         raise RuleError(
             "norms_only: no layer looks like a normalization layer (a 'scale', or a 'weight' of "
@@ -882,6 +922,12 @@ def _width_ratios(plan: Plan, base: Plan) -> dict[str, dict[int, float]]:
 
 def _output_axis(path: str, params: PyTree, structure: Structure | None) -> int:
     """The axis of an array's outputs, as `neurons` finds it."""
-    _, plan = _checked("mup", params, [(neurons(path, 0), None)], structure)
+    try:
+        plan = compile_rules([(neurons(path, 0), None)], params, structure=structure)
+    except AxisError as error:
+        raise AxisError(
+            f"mup: two axes of {path!r} grow by unlike ratios, and which of them is that of the "
+            "inputs is not known; let both grow alike, or write the rule for it by hand"
+        ) from error
     piece = next(piece for pieces in plan.claims for piece in pieces if piece.rule == 0)
     return next(iter(piece.region.vectors), -1)  # of one output unit it is all
