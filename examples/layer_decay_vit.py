@@ -14,7 +14,7 @@ do, and saves the model. Of the saved file the command line tells the same, as b
                                        [--seed 0] [--runs 5]
     lrmult explain vit.npz --rules examples/rules.toml
 
-It needs no network, a minute of two CPU cores, and ``pip install -e '.[examples]'``.
+It needs no network, one to two minutes of two CPU cores, and ``pip install -e '.[examples]'``.
 """
 
 import argparse
@@ -271,6 +271,7 @@ def draw(path: Path, runs: dict, depths: list, far: dict, data: list[Data], plan
     draw_accuracy(middle.subplots(), runs)
     ax = plan.plot(steps=STEPS[0], ax=right.subplots())
     ax.set_title("What rules.toml says of it, by step", loc="left", **BOLD)
+    ax.set_xlabel("step", loc="left")
     for ax in (*left.axes, *middle.axes):
         ax.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=100, bbox_inches="tight", pad_inches=0.15)

@@ -213,7 +213,8 @@ class Plan:
         Example:
             >>> import jax.numpy as jnp
             >>> import lrmult as lm
-            >>> params = {"layers": [jnp.ones((4, 4))] * 3, "head": jnp.ones((4, 2))}
+            >>> layers = [jnp.ones((4, 4)) for _ in range(3)]
+            >>> params = {"layers": layers, "head": jnp.ones((4, 2))}
             >>> rules = [("head", 10), ("layers[0]", None), ("layers", 0.1)]
             >>> ax = lm.compile_rules(rules, params).plot()
             >>> [label.get_text() for label in ax.get_xticklabels()]

@@ -11,11 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from lrmult._errors import LrmultError, RuleError, shorten, show
+from lrmult._folding import in_natural_order
 from lrmult._multipliers import Multiplier, is_array, is_schedule
 from lrmult._paths import ParamTree
 from lrmult._plan import Plan
 from lrmult._positions import split_number
-from lrmult._report import in_natural_order, totals
+from lrmult._report import totals
 from lrmult._rules import name_rule
 
 Axes: TypeAlias = Any  # of matplotlib, which is imported only when something is drawn

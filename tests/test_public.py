@@ -41,6 +41,7 @@ ORDER = (
     "recipes",
     "_rule_files",
     "_attached",
+    "_folding",
     "_report",
     "_plots",
     "_running",

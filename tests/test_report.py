@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import lrmult as lm
-from lrmult import _report
+from lrmult import _folding, _report
 from tests.test_reference import trees
 from tests.test_shared import TIED, one_leaf
 
@@ -264,7 +264,7 @@ def test_names_with_characters_of_patterns():
     }
     rules = [(("a*x",), 3), ("**/b", 2)]
     plan = lm.compile_rules(rules, params)
-    for detail in _report._DETAILS:
+    for detail in _folding._DETAILS:
         rows = folded(plan, detail)
         assert len(rows) == (3 if detail.row_by_row else 23)
         check_rows(rows, plan, params)
@@ -273,7 +273,7 @@ def test_names_with_characters_of_patterns():
 def test_an_array_may_be_called_as_a_node_elsewhere():
     params = {"a": {"bias": jnp.ones(2), "k": jnp.ones(2)}, "b": {"bias": {"k": jnp.ones(2)}}}
     plan = lm.compile_rules([("a/bias", 2)], params)
-    for detail in _report._DETAILS:
+    for detail in _folding._DETAILS:
         check_rows(folded(plan, detail), plan, params)
 
 
@@ -281,7 +281,7 @@ def test_arrays_of_one_name_get_different_answers():
     params = {name: {"k": jnp.ones(2), "b": jnp.ones(2)} for name in "ace"}
     params["d"] = {"k": jnp.ones(2)}
     plan = lm.compile_rules([("c/b", 2), ("e", 3)], params)
-    rows = folded(plan, _report._DETAILS[2])
+    rows = folded(plan, _folding._DETAILS[2])
     check_rows(rows, plan, params)
     assert [row[0] for row in rows] == ["a/b", "{a,c,d}/k", "c/b", "e"]
 
@@ -289,7 +289,7 @@ def test_arrays_of_one_name_get_different_answers():
 def test_positions_below_any_name():
     params = {name: [jnp.ones(2), jnp.ones(2), jnp.ones(2)] for name in ("x_0", "x_1", "y")}
     plan = lm.compile_rules([("*/2", 2)], params)
-    rows = folded(plan, _report._DETAILS[1])
+    rows = folded(plan, _folding._DETAILS[1])
     check_rows(rows, plan, params)
     assert [row[0] for row in rows] == ["*/[0:2]", "*/2"]  # *[0:2] would be x[0:2] too
 
@@ -298,13 +298,13 @@ def test_positions_below_any_name():
 def test_names_that_begin_or_end_as_others_do(others):
     params = {name: {"k": jnp.ones(2)} for name in ("ab", "abc", "bc", *others)}
     plan = lm.compile_rules([((name,), 2) for name in others], params)
-    check_rows(folded(plan, _report._DETAILS[1]._replace(braces=3)), plan, params)
+    check_rows(folded(plan, _folding._DETAILS[1]._replace(braces=3)), plan, params)
 
 
 def folded(plan, detail):
     """The cells of the table with that much detail."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_report, "_DETAILS", (detail,))
+        patch.setattr(_folding, "_DETAILS", (detail,))
         return [row.cells for row in _report._rows(plan, plan.tree)]
 
 
@@ -314,7 +314,7 @@ def folded(plan, detail):
     st.sampled_from(["name", "top", "below the top", "path"]),
     st.lists(st.integers(0, 2), min_size=9, max_size=9),
     st.sampled_from(
-        [*_report._DETAILS[:3], *(d._replace(braces=3) for d in _report._DETAILS[1:3])]
+        [*_folding._DETAILS[:3], *(d._replace(braces=3) for d in _folding._DETAILS[1:3])]
     ),
 )
 def test_every_row_is_a_rule(params, what, kinds, detail):
@@ -339,7 +339,7 @@ def test_a_row_takes_in_no_array_that_stands_elsewhere():
     params = one_leaf() | {"head": {"bias": jnp.ones(2), "gain": jnp.ones(2)}}
     plan = lm.compile_rules([("embed", None), ("head", 2)], params, structure=TIED)
     check_rows(rows_of(plan), plan, params, TIED)
-    for detail in _report._DETAILS:
+    for detail in _folding._DETAILS:
         rows = folded(plan, detail)
         check_rows(rows, plan, params, TIED)
         assert "head" not in [row[0] for row in rows]  # which leads to embed/embedding too
