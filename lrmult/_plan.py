@@ -63,7 +63,7 @@ class LeafPlan:
 class Plan:
     """What every array of a parameter tree gets. Made by `compile_rules`.
 
-    ``print(plan)`` shows a table in which subtrees that share one answer are folded.
+    ``print(plan)`` shows a table in which subtrees and siblings that share one answer are folded.
 
     Attributes:
         rules: the rules that it was compiled from.

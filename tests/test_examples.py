@@ -6,6 +6,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -60,6 +62,7 @@ def test_new_tokens(tmp_path):
     assert after < before - 1
 
 
+@pytest.mark.slow
 def test_gradual_unfreezing(tmp_path):
     text = output_of("gradual_unfreezing.py", tmp_path)
     assert "8 arrays, 12,805 parameters: 4,485 train, 8,320 frozen" in text  # the plan's table
@@ -134,6 +137,7 @@ def test_fixed_kernels(tmp_path):
         assert lower[2] > 0.1
 
 
+@pytest.mark.slow
 def test_layer_decay_vit(tmp_path):
     checkpoint = tmp_path / "vit.npz"
     text = output_of("layer_decay_vit.py", tmp_path, "--runs", "2", "--checkpoint", str(checkpoint))
@@ -163,6 +167,7 @@ def test_layer_decay_vit(tmp_path):
     assert done.stdout.startswith(table)
 
 
+@pytest.mark.slow
 def test_lora_plus(tmp_path):
     text = output_of("lora_plus.py", tmp_path, "--runs", "2")
     assert "6,440 train, 150,794 frozen" in text  # the plan's table
