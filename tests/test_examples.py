@@ -1,12 +1,16 @@
 """The examples run, and show what they promise."""
 
+import importlib.util
 import os
 import pathlib
 import re
 import subprocess
 import sys
 
+import jax
 import pytest
+
+import lrmult as lm
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -187,3 +191,15 @@ def test_lora_plus(tmp_path):
     assert [int(ratio) for ratio, _ in found] == [1, 4, 16, 64]
     assert min(float(rate) for _, rate in found) > 80
     assert float(re.search(r"upright, ([\d.]+)% sideways", text)[1]) < 40  # before
+
+
+def test_the_file_of_rules_fits_its_model():
+    path = ROOT / "examples" / "layer_decay_vit.py"
+    spec = importlib.util.spec_from_file_location("layer_decay_vit", path)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    images = jax.ShapeDtypeStruct((1, 8, 8), "float32")
+    params = jax.eval_shape(example.ViT(5, 1).init, jax.random.key(0), images)["params"]
+    plan = lm.compile_rules(lm.load_rules(ROOT / "examples" / "rules.toml", params), params)
+    claiming = {claim.index for leaf in plan.leaves for claim in leaf.rules}
+    assert claiming == {*range(17)} - {8}  # one is for models of another kind
