@@ -319,7 +319,8 @@ def warned(plan: Plan, params: PyTree = None) -> Plan:
     tied = None
     # A module of NNX shares arrays on purpose, and lookahead's parameters are to come apart.
     if not (is_nnx_module(params) or isinstance(params, optax.LookaheadParams)):
-        tied = tied_by_accident(plan.tree, jax.tree.leaves(params), plan.trains)
+        leaves = jax.tree.leaves(params)
+        tied = tied_by_accident(plan.tree, leaves, lambda leaf: plan.trains[leaf])
     for message in (*plan.warnings, *filter(None, [tied])):
         warnings.warn(message, stacklevel=3)
     return plan

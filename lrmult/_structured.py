@@ -2,7 +2,7 @@
 
 import difflib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -194,19 +194,29 @@ def _layers(tree: ParamTree, leaves: list[int], path: str, axis: int) -> int:
     return next(iter(sizes))
 
 
-def tied_by_accident(tree: ParamTree, leaves: Sequence[Any], trains: Sequence[bool]) -> str | None:
-    """What to say of arrays that are one object, and will be two after the first step."""
+def tied_by_accident(
+    tree: ParamTree, leaves: Sequence[Any], trains: Callable[[int], bool]
+) -> str | None:
+    """What to say of arrays that are one object, and will be two after the first step.
+
+    Whether a leaf trains is asked of these alone.
+    """
     seen: dict[int, int] = {}  # of an object -> its first leaf
     tied: dict[int, list[str]] = {}  # first leaf -> paths
+    kinds: dict[type, bool] = {}  # whether the leaves of a type are arrays
     for leaf, array in enumerate(leaves):
-        if not isinstance(array, jax.Array | np.ndarray) or isinstance(array, jax.core.Tracer):
+        kind = type(array)
+        if kind not in kinds:  # to ask of each leaf would take a while
+            is_array = isinstance(array, jax.Array | np.ndarray)
+            kinds[kind] = is_array and not isinstance(array, jax.core.Tracer)
+        if not kinds[kind]:
             continue
         first = seen.setdefault(id(array), leaf)
         one, other = tree.places[first], tree.places[leaf]
         is_told = one in tree.aliases.get(leaf, ())
         if one is None or other is None or first == leaf or is_told:
             continue
-        if trains[first] or trains[leaf]:
+        if trains(first) or trains(leaf):
             tied.setdefault(first, [tree.text(one)]).append(tree.text(other))
     if not tied:
         return None
