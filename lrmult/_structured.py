@@ -91,6 +91,8 @@ def _share(tree: ParamTree, structure: Structure) -> None:
 
 
 def _put_in_order(tree: ParamTree, structure: Structure, own: range) -> None:
+    if not structure.order:
+        return
     # What has been cut out may have been an array.
     arrays = {place for _, place in tree.arrays()}.union(tree.holes, *tree.aliases.values())
     for path, names in structure.order.items():
