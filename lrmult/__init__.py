@@ -11,65 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lrmult._api import *
+    from lrmult._api import __all__ as __all__
 
 __version__ = "0.1.0"
-
-__all__ = [
-    "AxisError",
-    "Claim",
-    "During",
-    "FrozenError",
-    "IndexRangeError",
-    "LeafPlan",
-    "LrmultError",
-    "MaskError",
-    "MultiplierError",
-    "Parts",
-    "PatternError",
-    "Plan",
-    "PositionError",
-    "Rule",
-    "RuleError",
-    "Rules",
-    "ShadowedRuleError",
-    "Structure",
-    "UnmatchedRuleError",
-    "along",
-    "assert_frozen",
-    "attach",
-    "attached_rules",
-    "compile_rules",
-    "elements",
-    "extract",
-    "graft",
-    "load_rules",
-    "migrate",
-    "neurons",
-    "of_type",
-    "optional",
-    "paths",
-    "recipes",
-    "replace",
-    "rows",
-    "scale_by_rules",
-    "scale_decay",
-    "stop_frozen",
-    "structure_of",
-    "trainable_mask",
-    "wrap",
-]
 
 
 def __getattr__(name: str) -> Any:
     # All else is imported when the first name is asked for: a program that imports a configuration,
     # and this package with it, may never compile a rule.
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from lrmult import _api
+    if name == "__all__" or not name.startswith("_"):
+        from lrmult import _api
 
-    globals().update({each: getattr(_api, each) for each in __all__})
-    return globals()[name]
+        globals().update({each: getattr(_api, each) for each in ("__all__", *_api.__all__)})
+        if name in globals():
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*__getattr__("__all__"), *globals()})
