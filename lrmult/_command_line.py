@@ -522,8 +522,7 @@ def _largest(then: Array, now: Array) -> float:
 
 def _row(found: _Difference) -> tuple[str, ...]:
     """The line of the table."""
-    array = found.before or found.after
-    assert array is not None
+    array = next(each for each in (found.before, found.after) if each is not None)
     differ, largest, frozen = "", "", ""
     if found.changed is not None:
         differ = f"{found.changed:,} of {math.prod(array.shape):,}"

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
+from lrmult._claims import claiming_rules
 from lrmult._errors import LrmultError, RuleError, shorten, show
 from lrmult._folding import in_natural_order
 from lrmult._multipliers import Multiplier, is_array, is_schedule
@@ -101,10 +102,10 @@ def _read_steps(steps: int | Sequence[int]) -> npt.NDArray[np.int64]:
 
 def _values(plan: Plan, steps: npt.NDArray[np.int64] | None) -> dict[int | None, Floats]:
     """By rule, and None for no rule, the multiplier at each step; without steps, one value."""
-    claiming = {piece.rule for pieces in plan.claims for piece in pieces}
     found: dict[int | None, Floats] = {None: np.ones(1 if steps is None else len(steps))}
-    for rule in claiming - {None}:
-        assert rule is not None
+    for rule in claiming_rules(plan.claims):
+        if rule is None:
+            continue
         try:
             value = _value(plan.rules[rule].multiplier, steps)
         except RuleError as error:

@@ -10,13 +10,12 @@ import json
 import math
 import pathlib
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import lrmult as lm
 from lrmult import recipes
+from tests.trees import tree_of
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "layer_decay.json"
 
@@ -37,16 +36,6 @@ def rows_of(system):
                 yield path.replace("#", str(number)), tuple(shape), each
         else:
             yield path, tuple(shape), depth
-
-
-def tree_of(shapes):
-    """{"a/b": (2, 3)} as nested dicts of shapes."""
-    tree = {}
-    for path, shape in shapes.items():
-        *above, name = path.split("/")
-        node = functools.reduce(lambda node, key: node.setdefault(key, {}), above, tree)
-        node[name] = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return tree
 
 
 # How a user lists the depths, from these systems' descriptions ------------------------------------

@@ -24,18 +24,9 @@ import optax
 import pytest
 
 import lrmult as lm
+from tests.trees import tree_of
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-
-
-def tree_of(shapes, dtype):
-    """{"a/b": (2, 3)} as nested dicts of shapes."""
-    tree = {}
-    for path, shape in shapes.items():
-        *above, name = path.split("/")
-        node = functools.reduce(lambda node, key: node.setdefault(key, {}), above, tree)
-        node[name] = jax.ShapeDtypeStruct(shape, dtype)
-    return tree
 
 
 # ViT-B/16, in the names of google-research/vision_transformer -----------------------------------

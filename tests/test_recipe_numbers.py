@@ -11,7 +11,7 @@ import pytest
 
 import lrmult as lm
 from lrmult import recipes
-from tests.test_layer_decay import tree_of
+from tests.trees import tree_of
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 MUP = json.loads((GOLDEN / "mup.json").read_text())["examples"]

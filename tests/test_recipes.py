@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 import lrmult as lm
 from lrmult import recipes
-from tests.test_layer_decay import tree_of
 from tests.test_reference import cases
+from tests.trees import tree_of
 
 # ---- models, and by hand the depth of each of their arrays --------------------------------------
 

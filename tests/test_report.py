@@ -1,6 +1,5 @@
 """The table of a plan: what is folded, that every row is a rule, and its form in notebooks."""
 
-import functools
 import itertools
 import os
 import re
@@ -9,7 +8,6 @@ import sys
 import warnings
 from html.parser import HTMLParser
 
-import jax
 import jax.numpy as jnp
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
@@ -19,16 +17,7 @@ import lrmult as lm
 from lrmult import _folding, _report
 from tests.test_reference import trees
 from tests.test_shared import TIED, one_leaf
-
-
-def tree_of(shapes):
-    """{"a/b": (2, 3)} as nested dicts of shapes."""
-    tree = {}
-    for path, shape in shapes.items():
-        *above, name = path.split("/")
-        node = functools.reduce(lambda node, key: node.setdefault(key, {}), above, tree)
-        node[name] = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return tree
+from tests.trees import tree_of
 
 
 def rows_of(plan):
