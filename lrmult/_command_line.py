@@ -24,9 +24,11 @@ import optax
 from lrmult import __version__
 from lrmult._checkpoints import Checkpoint, CheckpointError, Stored, read_checkpoint
 from lrmult._errors import LrmultError, listing, shorten, spec
-from lrmult._multipliers import show_multiplier
-from lrmult._parts import Parts, describe
+from lrmult._folding import Answer
+from lrmult._freezing import differing
+from lrmult._parts import Parts
 from lrmult._plan import LeafPlan, Plan, compile_rules
+from lrmult._report import answers
 from lrmult._rule_files import load_rules
 from lrmult._wrap import wrap
 
@@ -294,8 +296,8 @@ def _explain(options: argparse.Namespace) -> _Answer:
         "checkpoint": checkpoint.path,
         "at": options.at,
         "leaves": [
-            _of_leaf(plan, index, record)
-            for (index, _), record in zip(plan.tree.arrays(), plan.leaves, strict=True)
+            _of_leaf(record, answer)
+            for record, answer in zip(plan.leaves, answers(plan).values(), strict=True)
         ],
         "arrays": len(plan.leaves),
         "trained": sum(record.trained for record in plan.leaves),
@@ -307,12 +309,8 @@ def _explain(options: argparse.Namespace) -> _Answer:
     return _Answer([plan, *_memory_lines(name, memory)], data)
 
 
-def _of_leaf(plan: Plan, index: int, record: LeafPlan) -> dict[str, Any]:
-    multiplier: Any = record.multiplier
-    if not isinstance(multiplier, float):
-        pieces = plan.claims[index]
-        got = [1.0 if p.rule is None else plan.rules[p.rule].multiplier for p in pieces]
-        multiplier = describe(record.shape, pieces, map(show_multiplier, got))
+def _of_leaf(record: LeafPlan, answer: Answer) -> dict[str, Any]:
+    multiplier = record.multiplier if isinstance(record.multiplier, float) else answer[0]
     return {
         "path": record.path,
         "shape": list(record.shape),
@@ -484,7 +482,7 @@ def _difference(
     largest, example = math.nan, ""
     for start in range(0, then.size, _BLOCK):
         block = slice(start, start + _BLOCK)
-        places = start + np.flatnonzero(_differing(then[block], now[block]))
+        places = start + np.flatnonzero(differing(then[block], now[block]))
         changed += len(places)
         largest = float(np.fmax(largest, _largest(then[places], now[places])))
         places = places[still[places]]
@@ -498,14 +496,6 @@ def _difference(
 
 
 _BLOCK = 1_000_000  # elements that are compared at a time
-
-
-def _differing(then: Array, now: Array) -> Array:
-    """Which elements of two vectors have not the same bits."""
-    width = min(then.itemsize, 8)
-    bits = [np.ascontiguousarray(each).view(f"u{width}") for each in (then, now)]
-    differing: Array = np.any((bits[0] != bits[1]).reshape(then.size, -1), axis=-1)
-    return differing
 
 
 def _largest(then: Array, now: Array) -> float:

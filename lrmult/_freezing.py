@@ -164,8 +164,7 @@ def _compare(path: str, before: Any, after: Any, frozen: Any) -> None:
         raise FrozenError(f"{name} became {seen}; the parameters must keep shapes and dtypes")
     if frozen is False:
         return
-    bits = [np.ascontiguousarray(each).view(np.uint8) for each in (then, now)]
-    changed = (bits[0] != bits[1]).reshape(*then.shape, then.itemsize).any(-1)
+    changed = differing(then, now)
     changed &= frozen.dense() if isinstance(frozen, Parts) else frozen
     places = np.argwhere(changed)
     if len(places):
@@ -175,6 +174,14 @@ def _compare(path: str, before: Any, after: Any, frozen: Any) -> None:
         raise FrozenError(
             f"{name} is frozen, but changed{at}: {then[index]!s} became {now[index]!s}{more}"
         )
+
+
+def differing(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Which elements of two arrays of one shape and dtype have not the same bits."""
+    width = min(one.itemsize, 8)
+    bits = [np.ascontiguousarray(each).reshape(-1).view(f"u{width}") for each in (one, other)]
+    words = (bits[0] != bits[1]).reshape(one.size, one.itemsize // width)
+    return np.asarray(words.any(-1)).reshape(one.shape)
 
 
 def _on_host(path: str, array: Any) -> np.ndarray[Any, Any]:

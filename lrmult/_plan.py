@@ -229,12 +229,12 @@ class Plan:
     def _repr_html_(self) -> str:
         from lrmult._report import html_table
 
-        return html_table(self, self.tree)
+        return html_table(self)
 
     def __rich__(self) -> Any:
         from lrmult._report import table
 
-        return table(self, self.tree)
+        return table(self)
 
     def __str__(self) -> str:
         from lrmult._report import render

@@ -37,7 +37,7 @@ def render(plan: Plan) -> str:
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
-def table(plan: Plan, tree: ParamTree) -> Any:
+def table(plan: Plan) -> Any:
     """The table for rich: a row for each group of arrays that share one answer, and totals."""
     from rich.box import Box
     from rich.console import Group
@@ -49,19 +49,19 @@ def table(plan: Plan, tree: ParamTree) -> Any:
     shown = Table(box=lines, show_edge=False, pad_edge=False)
     for name, side in _COLUMNS.items():
         shown.add_column(name, justify="right" if side == "right" else "left")
-    for row in _rows(plan, tree):
+    for row in _rows(plan):
         style = "dim" if row.is_frozen else ""
         shown.add_row(*(Text(cell, style=style) for cell in row.cells))
-    return Group(shown, Text(""), *map(Text, _notes(plan, tree)))
+    return Group(shown, Text(""), *map(Text, _notes(plan)))
 
 
-def html_table(plan: Plan, tree: ParamTree) -> str:
+def html_table(plan: Plan) -> str:
     """The table for a notebook, in whatever colours that has."""
     heads = [
         f'<th scope="col" style="text-align:{side}">{name}</th>' for name, side in _COLUMNS.items()
     ]
     rows = []
-    for row in _rows(plan, tree):
+    for row in _rows(plan):
         path, *cells = (
             f'style="text-align:{side};white-space:pre">{html.escape(cell)}'
             for cell, side in zip(row.cells, _COLUMNS.values(), strict=True)
@@ -69,7 +69,7 @@ def html_table(plan: Plan, tree: ParamTree) -> str:
         style = ' style="opacity:0.6"' if row.is_frozen else ""
         shown = "".join(f"<td {cell}</td>" for cell in cells)
         rows.append(f'<tr{style}><th scope="row" {path}</th>{shown}</tr>')
-    notes = "<br>".join(map(html.escape, _notes(plan, tree)))
+    notes = "<br>".join(map(html.escape, _notes(plan)))
     return (
         '<div style="overflow-x:auto"><table>\n'
         f"<thead><tr>{''.join(heads)}</tr></thead>\n<tbody>\n"
@@ -85,12 +85,13 @@ class _Row(NamedTuple):
     is_frozen: bool
 
 
-def _rows(plan: Plan, tree: ParamTree) -> Iterator[_Row]:
+def _rows(plan: Plan) -> Iterator[_Row]:
+    tree = plan.tree
     records = dict(zip((index for index, _ in tree.arrays()), plan.leaves, strict=True))
-    answers = _answers(plan, tree)
-    for path, leaves in fold(tree, answers):
+    found = answers(plan)
+    for path, leaves in fold(tree, found):
         size = sum(records[leaf].trained + records[leaf].frozen for leaf in leaves)
-        multiplier, rules = answers[leaves[0]]
+        multiplier, rules = found[leaves[0]]
         cells = (
             path if path.isprintable() else repr(path)[1:-1],
             _describe([records[leaf] for leaf in leaves]),
@@ -101,13 +102,13 @@ def _rows(plan: Plan, tree: ParamTree) -> Iterator[_Row]:
         yield _Row(cells, is_frozen=multiplier == show_multiplier(None))
 
 
-def _notes(plan: Plan, tree: ParamTree) -> list[str]:
+def _notes(plan: Plan) -> list[str]:
     """What stands below the table: totals, paths of one array, rules that do nothing."""
     notes = [totals(plan)]
-    notes += [f"{path} is {alias} too" for path, alias in _aliases(tree)]
+    notes += [f"{path} is {alias} too" for path, alias in _aliases(plan.tree)]
     claiming = claiming_rules(plan.claims)
     for index, rule in enumerate(plan.rules):
-        lost = [tree.path(leaf) for leaf, rules in plan.overruled.items() if index in rules]
+        lost = [plan.tree.path(leaf) for leaf, rules in plan.overruled.items() if index in rules]
         if lost:
             notes.append(
                 f"{name_rule(index, *rule)} lost {listing(lost)} to a rule on another path"
@@ -117,20 +118,20 @@ def _notes(plan: Plan, tree: ParamTree) -> list[str]:
     return notes
 
 
-def _answers(plan: Plan, tree: ParamTree) -> dict[int, Answer]:
+def answers(plan: Plan) -> dict[int, Answer]:
     """What each array gets, and the rules that say so, as the table shows it."""
-    answers: dict[int, Answer] = {}
+    tree, found = plan.tree, {}
     known: dict[Any, Answer] = {}  # arrays that one rule has as a whole share their pieces
     for leaf, _ in tree.arrays():
         stacked = frozenset(axis for at in tree.slices.get(leaf, {}).values() for axis in at)
         key = id(plan.claims[leaf]), tree.shapes[leaf], stacked
         if key not in known:
-            known[key] = _answer(leaf, stacked, plan, tree)
-        answers[leaf] = known[key]
-    return answers
+            known[key] = _answer(plan, leaf, stacked)
+        found[leaf] = known[key]
+    return found
 
 
-def _answer(leaf: int, stacked: Iterable[int], plan: Plan, tree: ParamTree) -> Answer:
+def _answer(plan: Plan, leaf: int, stacked: Iterable[int]) -> Answer:
     pieces = plan.claims[leaf]
     multipliers = [1.0 if p.rule is None else plan.rules[p.rule].multiplier for p in pieces]
     claiming = dict.fromkeys(p.rule for p in pieces if p.rule is not None)
@@ -138,7 +139,7 @@ def _answer(leaf: int, stacked: Iterable[int], plan: Plan, tree: ParamTree) -> A
     if len(named) > _MOST_RULES:
         named[_MOST_RULES - 1 :] = [f"{len(named) - _MOST_RULES + 1} more"]
     texts = map(show_multiplier, multipliers)
-    return describe(tree.shapes[leaf], pieces, texts, stacked), "; ".join(named) or "none"
+    return describe(plan.shapes[leaf], pieces, texts, stacked), "; ".join(named) or "none"
 
 
 def _aliases(tree: ParamTree) -> list[tuple[str, str]]:

@@ -294,7 +294,7 @@ def folded(plan, detail):
     """The cells of the table with that much detail."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_folding, "_DETAILS", (detail,))
-        return [row.cells for row in _report._rows(plan, plan.tree)]
+        return [row.cells for row in _report._rows(plan)]
 
 
 @settings(max_examples=150, suppress_health_check=list(HealthCheck))
