@@ -51,6 +51,10 @@ class FrozenError(LrmultError, AssertionError):
     """Something frozen that changed."""
 
 
+class FeaturesError(LrmultError):
+    """Features that do not fit, that would not stay what they are, or that are out of date."""
+
+
 def shorten(text: str, most: int = 80) -> str:
     """One line of at most that many characters."""
     line = " ".join(text.split()) if "\n" in text else text
@@ -83,3 +87,11 @@ def listing(names: Iterable[str], most: int = 6) -> str:
     if len(quoted) > most:
         return f"{', '.join(quoted[:most])} and {len(quoted) - most} more"
     return " and ".join(filter(None, [", ".join(quoted[:-1]), *quoted[-1:]]))
+
+
+def in_bytes(size: int) -> str:
+    """How much so many bytes are: ``1.5 GB``."""
+    for power, unit in ((4, "TB"), (3, "GB"), (2, "MB"), (1, "kB")):
+        if size >= 0.9995 * 1000**power:
+            return f"{size / 1000**power:.3g} {unit}"
+    return f"{size} B"
