@@ -39,12 +39,12 @@ class Examples:
             raise ValueError("shapes of other lengths")
         pairs = enumerate(zip(one.shape, two.shape, strict=True))
         differ = [axis for axis, (before, after) in pairs if before != after]
-        if any(one.shape[axis] * 2 != two.shape[axis] for axis in differ):
-            raise ValueError("sizes that are not in proportion")
         if differ:
             self.sized.add(one)
         if one.of_batch:
-            self.axes[one] = tuple(differ)
+            # Where sizes are not in proportion, there is no axis of examples.
+            apart = all(one.shape[axis] * 2 == two.shape[axis] for axis in differ)
+            self.axes[one] = tuple(differ) if apart else ()
 
     def _follow(self, ops: Sequence[Op], doubled: Sequence[Op]) -> None:
         if len(ops) != len(doubled):
@@ -164,7 +164,7 @@ def _cut(program: Program, mixes: Mapping[Value, Any], most: Kind) -> set[Value]
             kind = kind_of(op.name)
             again = kind <= most
             if value in mixes:
-                again |= op in mixing or kind <= Kind.REDUCES
+                again |= kind <= Kind.REDUCES or (op in mixing and op.name == "dot_general")
         return [v for v in op.reads if not v.given] if again and op is not None else None
 
     wanted = {v for v in _reads_of_rest(program) if v.known and not v.given}
@@ -175,10 +175,13 @@ def _cut(program: Program, mixes: Mapping[Value, Any], most: Kind) -> set[Value]
         if value not in recipes:
             recipes[value] = recipe(value)
             left += recipes[value] or []
-    total = sum(value.size for value in recipes) + 1
-    # One of those that are rather not handed on weighs more than all others.
-    sizes = {value: value.size + total * (value in mixes) for value in recipes}
-    return cheapest_cut(sizes, recipes, wanted)
+    # Where bytes are equal, parts of the batch as they are come first, and then fewer values. One
+    # of those that are rather not handed on weighs more than all others.
+    batch = set(program.inputs)
+    costs = {value: value.size * (len(recipes) + 1) + (value not in batch) for value in recipes}
+    most_costly = sum(costs.values()) + 1
+    costs = {value: cost + most_costly * (value in mixes) for value, cost in costs.items()}
+    return cheapest_cut(costs, recipes, wanted)
 
 
 def _reads_of_rest(program: Program) -> set[Value]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.format import open_memmap
 
 from lrmult._errors import FeaturesError, in_bytes, listing, show
 
@@ -107,12 +108,9 @@ class FeatureFiles:
     def _map(self, file: pathlib.Path, shape: tuple[int, ...], dtype: Any, is_new: bool) -> Array:
         plain = np.dtype(f"u{dtype.itemsize}") if dtype.kind == "V" else dtype
         try:
-            found = np.lib.format.open_memmap(
-                file,
-                "w+" if is_new else "r+",
-                dtype=plain if is_new else None,
-                shape=shape if is_new else None,
-            )
+            if not is_new:
+                np.load(file, mmap_mode="r")  # sees what is cut off; "r+" would fill it with zeros
+            found = open_memmap(file, "w+", plain, shape) if is_new else open_memmap(file, "r+")
         except (OSError, ValueError) as error:
             raise FeaturesError(
                 f"{file} cannot be mapped ({error}); remove {self._path} to begin anew"

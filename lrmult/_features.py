@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import hashlib
+import itertools
 import math
 import os
 import pathlib
@@ -175,7 +176,8 @@ class CachedFeatures:
         """The features of all examples once, in batches, as `Precomputed.rest` takes them.
 
         Args:
-            batch_size: how many examples each has; the last one may have fewer.
+            batch_size: how many examples each has. The last one may have fewer, or one more: a
+                single example that is left over joins it.
             seed: of the order of the examples, such as the number of the epoch; by default their
                 order is that of the data set.
             drop_last: whether to leave out a last batch of fewer examples.
@@ -186,7 +188,11 @@ class CachedFeatures:
         if seed is not None:
             order = np.random.default_rng(seed).permutation(self._count)
         end = self._count - (self._count % batch_size if drop_last else 0)
-        return (self[order[start : start + batch_size]] for start in range(0, end, batch_size))
+        starts = [*range(0, end, batch_size), end]
+        if end - starts[-2:][0] == 1 < batch_size:
+            # Many a function does other things with one example alone.
+            del starts[-2:-1]
+        return (self[order[start:stop]] for start, stop in itertools.pairwise(starts))
 
     def check(self, params: PyTree) -> None:
         """Raise if the frozen parameters are not those that the features were computed with.
@@ -272,7 +278,8 @@ class CachedFeatures:
                 kept[...] = fresh
                 continue
             fresh = by_example(fresh, feature)[: stop - start]
-            narrow = fresh.astype(kept.dtype).reshape(stop - start, *kept.shape[1:])
+            with np.errstate(over="ignore"):
+                narrow = fresh.astype(kept.dtype).reshape(stop - start, *kept.shape[1:])
             if kept.dtype != fresh.dtype and np.isfinite(fresh).all() > np.isfinite(narrow).all():
                 raise FeaturesError(
                     f"{kept.dtype} has no numbers as large as {np.abs(fresh).max():.3g}, which are "

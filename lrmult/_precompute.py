@@ -205,10 +205,15 @@ class Precomputed:
                 other, _ = self._program(form, arrays, facts, doubled, args)
                 examples = Examples(program, other)
             except Exception as error:  # whatever loss_fn raises
-                self._why = (
-                    "loss_fn cannot be traced for a batch of twice the size, by which the axis of "
-                    f"examples would be found: {type(error).__name__}: {show(str(error))}"
+                why = (
+                    f"it is not clear where examples lie in what loss_fn computes, since it does "
+                    f"other things with {2 * size} of them than with {size} ({show(error)}); it is "
+                    "to do the same for any number of two or more, along the axes that batch_axis= "
+                    f"tells ({', '.join(map(str, self._axes))})"
                 )
+                if self._known:
+                    raise FeaturesError(why) from error
+                self._why = why
         names = [name for _, name in facts]
         names += [f"batch/{path}" if path else "batch" for path in paths_of(batch)]
         return _Traced(Split(program, names, len(arrays), examples, size), results)

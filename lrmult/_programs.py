@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -127,6 +128,21 @@ class Equation(Op):
     def work(self) -> int:
         """The floating-point operations that it takes, in all runs of the loops around it."""
         return math.prod(self.makes[0].lengths if self.makes else ()) * work_of(self.eqn)
+
+    def text(self) -> str:
+        """What it does, without the names of what it reads and makes."""
+        places = {variable: place for place, variable in enumerate(self._variables)}
+        operands = [
+            f"{atom.val!r}:{atom.aval}" if isinstance(atom, Literal) else places[atom]
+            for atom in self.eqn.invars
+        ]
+        consts = [
+            np.asarray(array).tolist()
+            for param in self.eqn.params.values()
+            for array in getattr(param, "consts", ())
+        ]
+        params = sorted(self.eqn.params.items())
+        return re.sub(r" at 0x[0-9a-f]+", "", f"{self.name} {operands} {consts} {params}")
 
     def run(self, env: Env) -> None:
         outputs = [v for v in self.eqn.outvars if type(v).__name__ != "DropVar"]

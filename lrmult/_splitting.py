@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import os
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -148,19 +147,15 @@ class Split:
 
     def mark(self) -> str:
         """A fingerprint of what the front does, but for parameters and batch."""
-        inputs = dict(zip(self._program.inputs, range(len(self._program.inputs)), strict=True))
-        text = []
-        numbers: dict[Value, int] = {}
+        numbers = {value: i for i, value in enumerate(self._program.inputs)}
+        text = [str(feature) for feature in self.features]
         for op in walk(self.front_ops):
             for value in (*op.reads, *op.makes):
-                if value in self._program.constants and value not in numbers:
-                    text.append(fingerprint(self._program.constants[value]))
-                numbers.setdefault(value, inputs.get(value, len(inputs) + len(numbers)))
-            params = sorted(op.eqn.params.items()) if isinstance(op, Equation) else []
-            name = op.name if isinstance(op, Equation) else type(op).__name__
+                if value not in numbers and value in self._program.constants:
+                    text.append(fingerprint(jnp.asarray(self._program.constants[value])))
+                numbers.setdefault(value, len(numbers))
             places = [[numbers[value] for value in values] for values in (op.reads, op.makes)]
-            text.append(re.sub(r" at 0x[0-9a-f]+", "", f"{name} {places} {params}"))
-        text += [f"{feature}" for feature in self.features]
+            text.append(f"{places} {op.text() if isinstance(op, Equation) else type(op)}")
         return hashlib.blake2b("\n".join(text).encode(), digest_size=16).hexdigest()
 
     def marks(self, params: Sequence[Any]) -> dict[str, str]:
