@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from tests import sharded
-from tests.devices import printed_on_devices, printed_together
+from tests.devices import printed_on_devices, printed_on_four_devices, printed_together
 
 FEWER = ("wrap", "compact")  # what is frozen has no gradient that would have to be summed
 QUERY, EMBEDDING = "['block']['query']['kernel']", "['embed']['embedding']"
@@ -45,6 +45,23 @@ def test_rules_add_no_communication_and_leave_all_in_its_place(layout):
         plain = found[f"{mode} plain"]
         assert plain["collectives"]
         assert not complaints(mode, case, plain, facts), name
+
+
+BLOCKS = """
+import jax, jax.numpy as jnp, optax, lrmult as lm
+from jax.sharding import AxisType, PartitionSpec as P
+tx = lm.scale_by_rules([(lm.rows("w", 0), None), ("v", 0.5)])
+update = lambda grads: tx.update(grads, optax.EmptyState())[0]
+mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
+out = jax.shard_map(update, mesh=mesh, in_specs=P("x"), out_specs=P("x"))(
+    {"v": jnp.ones(8), "w": jnp.ones(8)}
+)
+print(*map(int, out["w"]), *map(float, out["v"]))
+"""
+
+
+def test_inside_shard_map_parts_are_counted_within_each_block():
+    assert printed_on_four_devices(BLOCKS).split() == ["0", "1"] * 4 + ["0.5"] * 8
 
 
 def test_two_processes_train_the_same_bits_as_one():
