@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 import lrmult as lm
 from tests.programs import collectives, constants
 
-WORDS, WIDTH, HIDDEN, HEADS, LENGTH, BATCH = 64, 32, 128, 4, 8, 16
+WORDS, WIDTH, HIDDEN, HEADS, LENGTH, BATCH = 64, 64, 128, 8, 8, 16
 SIZES = {
     "embed/embedding": (WORDS, WIDTH),
     "block/norm/scale": (WIDTH,),
@@ -312,7 +312,7 @@ def bits(address, count, rank):
     """Print what comes of training as one of some processes with four devices in all."""
     if count > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(address, count, rank, initialization_timeout=60)
+        jax.distributed.initialize(address, count, rank, initialization_timeout=120)
     assert (jax.process_count(), jax.device_count()) == (count, 4)
     digests = []
     with use_mesh("auto", TWO_BY_TWO):

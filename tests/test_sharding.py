@@ -22,7 +22,7 @@ def complaints(mode, case, plain, facts):
         wrong["collectives"] = f"added {dict(after - before)}, lacks {dict(before - after)}"
     if facts["traces"] != 1:
         wrong["traces"] = facts["traces"]
-    # No larger than a vector along an axis, which is far from the smallest matrix.
+    # A vector along an axis; the bits of the element mask would be twice as much.
     if facts["largest constant"] > 4 * sharded.HIDDEN:
         wrong["largest constant"] = facts["largest constant"]
     if not facts["apart"] < 1e-6:
