@@ -1,7 +1,5 @@
 """What parts and schedules may cost whatever the machine: constants, state, calls, traces."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,26 +7,10 @@ import optax
 import pytest
 
 import lrmult as lm
+from tests.programs import constants
 
 LARGEST_CONSTANT = 2**16
 MATRIX = (4096, 16384)
-
-CONSTANT = re.compile(
-    r"stablehlo\.constant dense(_resource)?<(.)[^\n]*> : tensor<((?:\d+x)*)(complex<)?[a-z]+(\d+)"
-)
-
-
-def constants(lowered):
-    """The bytes of each constant of a lowered program; 0 for one value repeated."""
-    text = lowered.as_text()
-    found = CONSTANT.findall(text)
-    assert len(found) == len(re.findall(r"stablehlo\.constant|dense_resource<", text))
-    sizes = []
-    for resource, first, shape, is_complex, bits in found:
-        count = int(np.prod([int(size) for size in shape.split("x")[:-1]], dtype=int))
-        size = count * max(int(bits) // 8, 1) * (2 if is_complex else 1)
-        sizes.append(size if resource or first in '["' else 0)
-    return sizes
 
 
 def spec(*shape):

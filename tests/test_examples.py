@@ -114,6 +114,28 @@ def test_recurrent(tmp_path):
     assert cut == [0, 0, 0]
 
 
+def test_sharded(tmp_path):
+    text = output_of("sharded.py", tmp_path)
+    assert re.search(r"Dense_2/kernel .+ 1: neurons\('Dense_2', slice\(None, 128\)\)", text)
+    rows = {
+        (name, int(devices)): [float(number) for number in numbers.split()]
+        for name, devices, numbers in re.findall(
+            r"^(AdamW|with rules) +([18])((?: +[\d.]+){5})%$", text, re.MULTILINE
+        )
+    }
+    plain, ruled = rows["AdamW", 8], rows["with rules", 8]
+    assert plain[0] < rows["AdamW", 1][0] / 7.5  # each device keeps its share
+    assert plain[0] == ruled[0]
+    assert ruled[1] < plain[1] / 4  # the moments
+    assert plain[2] == ruled[2] > 0  # gathered
+    assert 0 < ruled[3] < plain[3] / 2  # summed
+    assert ruled[4] == rows["with rules", 1][4] > 80
+    differences = re.findall(r"losses of one device and eight differ by (.+)$", text, re.MULTILINE)
+    assert len(differences) == 2
+    assert max(map(float, differences)) < 1e-4
+    assert "115,328 frozen numbers, split among eight devices, kept every bit" in text
+
+
 def test_fixed_kernels(tmp_path):
     text = output_of("fixed_kernels.py", tmp_path)
     assert re.search(r"^conv1 .+ 80 +frozen +0: 'conv1'$", text, re.MULTILINE)  # the plan's table
