@@ -110,7 +110,7 @@ class CachedFeatures:
     ) -> None:
         self._precomputed = precomputed
         self.path = None if path is None else pathlib.Path(path)
-        check_program(precomputed.split)
+        check_program(precomputed.cut)
         self._axes = precomputed.example_axes
         self._data, self._count = _read_data(data, precomputed.batch, self._axes)
         self._size = batch_size or number_of_examples(precomputed.batch, self._axes)
@@ -124,7 +124,7 @@ class CachedFeatures:
         if self.path is not None:
             facts = {
                 "format": _FORMAT,
-                "front": precomputed.split.mark(),
+                "front": precomputed.cut.mark(),
                 "parameters": self._marks,
                 "data": self._mark_of_data(),
                 "arrays": list(map(spec, shapes, dtypes)),

@@ -63,13 +63,13 @@ class Precomputed:
         self._axes, self._why = example_axes(self._batch, batch_axis)
         self._known: dict[Any, _Traced] = {}
         arrays, form = flattened(params)
-        self.split = self._traced(form, arrays, self._batch, self._args).split
-        self.features: tuple[Feature, ...] = self.split.features
-        self.gains = self.split.gains
+        self.cut = self._traced(form, arrays, self._batch, self._args).split
+        self.features: tuple[Feature, ...] = self.cut.features
+        self.gains = self.cut.gains
         self.reason = "" if self.gains else self._reason()
 
     def _reason(self) -> str:
-        obstacle = self.split.obstacle()
+        obstacle = self.cut.obstacle()
         return (
             "nothing is gained by computing ahead: "
             + (f"{obstacle}, and no work is before it" if obstacle else "there is no work to save")
@@ -88,7 +88,7 @@ class Precomputed:
         Raises:
             FeaturesError: if that is not known.
         """
-        if self._why or self.split.examples is None:
+        if self._why or self.cut.examples is None:
             raise FeaturesError(self._why)
         return self._axes
 
@@ -262,10 +262,10 @@ class Precomputed:
         if not self.gains:
             return [self.reason]
         notes = []
-        if self.split.examples:
+        if self.cut.examples:
             size = sum(feature.size for feature in self.features if feature.axis is not None)
             notes.append(f"{size:,} bytes per example")
-        front, rest = self.split.work()
+        front, rest = self.cut.work()
         notes.append(f"{front / (front + rest):.1%} of the work of the forward pass is in front")
         return notes
 

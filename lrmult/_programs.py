@@ -12,6 +12,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -94,7 +95,7 @@ class Op:
     makes: Sequence[Value]
     remats: tuple[Remat, ...]
 
-    def part(self, need: Values, stops: Values, ahead: bool | None) -> "Op | None":
+    def part(self, need: AbstractSet[Value], stops: Values, ahead: bool | None) -> "Op | None":
         """What of it computes the values that are needed and do not stop here; None if nothing."""
         return self if any(v in need and v not in stops for v in self.makes) else None
 
@@ -119,7 +120,7 @@ class Equation(Op):
         self._variables = list(variables)
         self._jaxpr = jaxpr
 
-    def part(self, need: Values, stops: Values, ahead: bool | None) -> "Op | None":
+    def part(self, need: AbstractSet[Value], stops: Values, ahead: bool | None) -> "Op | None":
         if self.eqn.effects:  # what it does happens once: ahead, where all that it reads is known
             return self if ahead in (None, all(v.known for v in self.reads)) else None
         return super().part(need, stops, ahead)
@@ -208,9 +209,9 @@ class Loop(Op):
     def makes(self) -> list[Value]:  # type: ignore[override]
         return [*self.finals, *self.keeps]
 
-    def part(self, need: Values, stops: Values, ahead: bool | None) -> "Op | None":
-        keeps = (need & self.members) - stops
-        places = {i for i, final in enumerate(self.finals) if final in need - stops}
+    def part(self, need: AbstractSet[Value], stops: Values, ahead: bool | None) -> "Op | None":
+        keeps = frozenset((need & self.members) - stops)
+        places = {i for i, v in enumerate(self.finals) if v in need and v not in stops}
         if not keeps and not places:
             return None
         while True:
@@ -278,9 +279,10 @@ class Switch(Op):
     def makes(self) -> list[Value]:  # type: ignore[override]
         return [*self.finals, *self.keeps]
 
-    def part(self, need: Values, stops: Values, ahead: bool | None) -> "Op | None":
-        places = [i for i, final in enumerate(self.finals) if final in need - stops]
-        keeps = (need - stops) & frozenset().union(*[branch.members for branch in self.branches])
+    def part(self, need: AbstractSet[Value], stops: Values, ahead: bool | None) -> "Op | None":
+        places = [i for i, v in enumerate(self.finals) if v in need and v not in stops]
+        members = [branch.members for branch in self.branches]
+        keeps = frozenset((need & frozenset().union(*members)) - stops)
         if not places and not keeps:
             return None
         branches = []
@@ -360,13 +362,13 @@ def needed(
         ahead: whether effects that are known are wanted, or the others; None for all of them.
     """
     found = []
-    need = frozenset(wanted)
+    need = set(wanted)
     for op in reversed(ops):
         part = op.part(need, stops, ahead)
         if part is not None:
             found.append(part)
-            need = need.union(part.reads)
-    return found[::-1], need
+            need.update(part.reads)
+    return found[::-1], frozenset(need)
 
 
 def run(ops: Iterable[Op], env: Env, wanted: Sequence[Value], depth: int = 0) -> None:

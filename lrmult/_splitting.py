@@ -64,6 +64,7 @@ class Split:
         examples: how values hang on examples; None if that is not known.
         front_params: the parameters that the front reads, by number.
         front_ops: what is done ahead.
+        rest_ops: what is not.
         gains: whether there is any work in that.
 
     Args:
@@ -88,7 +89,7 @@ class Split:
         stored = in_order(to_hand_on(program, examples.mixes if examples else {}))
         stops = frozenset(stored)
         self.front_ops, reads = needed(program.ops, stored, frozenset(), True)
-        self._rest_ops, _ = needed(program.ops, program.outputs, stops, False)
+        self.rest_ops, _ = needed(program.ops, program.outputs, stops, False)
         self._stored = stored
         self.front_params = [i for i in range(params) if program.inputs[i] in reads]
         self.gains = any(is_work(op) for op in walk(self.front_ops))
@@ -128,7 +129,7 @@ class Split:
         env |= dict(zip(program.inputs[self._batch.stop :], args, strict=True))
         for value, array in zip(self._stored, features, strict=True):
             env[value] = _as_feature(array, value)
-        run(self._rest_ops, env, program.outputs)
+        run(self.rest_ops, env, program.outputs)
         return [env[value] for value in program.outputs]
 
     def changed(self, outputs: int) -> list[int]:
@@ -172,7 +173,7 @@ class Split:
         """The floating-point operations of the front and of the rest, going forward, roughly."""
         front, rest = (
             sum(op.work for op in walk(ops) if isinstance(op, Equation))
-            for ops in (self.front_ops, self._rest_ops)
+            for ops in (self.front_ops, self.rest_ops)
         )
         return front, rest
 

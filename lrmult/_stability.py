@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -14,6 +15,10 @@ from lrmult._work import jaxprs_in
 
 _RANDOM = frozenset(
     ["random_bits", "random_gamma", "rng_bit_generator", "rng_uniform", "threefry2x32"]
+)
+_ONCE = (
+    "would be the same whenever the example is seen; leave it out of the batch, and pass it to "
+    "loss_fn as a further argument"
 )
 _HARMLESS = ("debug_callback", "debug_print")
 
@@ -28,6 +33,13 @@ def check_program(split: Split) -> None:
     for op in walk(split.front_ops):
         if isinstance(op, Equation):
             reason = reason or _of_equation(op, split.examples)
+    for feature in split.features:
+        if jnp.issubdtype(feature.dtype, jax.dtypes.prng_key):
+            reason = reason or f"hands on a random key ({feature.origin}), which {_ONCE}"
+    for op in walk(split.rest_ops):
+        drawn = isinstance(op, Equation) and _names_of(op) & _RANDOM
+        if drawn and any(v.known and v.of_batch for v in op.reads):
+            reason = reason or f"hands on the seed of random numbers, which {_ONCE}"
     value = split.mixed()
     if value is not None and not reason:
         mixing = split.examples.mixes[value] if split.examples else None
@@ -39,13 +51,11 @@ def check_program(split: Split) -> None:
     if not split.gains and not reason:
         reason = split.obstacle() if "a further argument" in split.obstacle() else ""
     if reason:
-        raise FeaturesError(
-            f"the features of an example would not stay what they are: the frozen part {reason}"
-        )
+        raise FeaturesError(f"features cannot be kept and used again: the frozen part {reason}")
 
 
 def _of_equation(op: Equation, examples: Examples | None) -> str:
-    names = {op.name, *_names_in(op.eqn)}
+    names = _names_of(op)
     place = origin_of(op.makes[0]) if op.makes else op.name
     if names & _RANDOM:
         # Constants, such as random projections, are drawn anew each time, and are the same.
@@ -58,6 +68,11 @@ def _of_equation(op: Equation, examples: Examples | None) -> str:
     if op.eqn.effects and not names & set(_HARMLESS):
         return f"has an effect on the host ({place}), which would happen only once"
     return ""
+
+
+def _names_of(op: Equation) -> set[str]:
+    """The primitives that an equation is made of."""
+    return {op.name, *_names_in(op.eqn)}
 
 
 def _names_in(eqn: Any) -> Iterator[str]:

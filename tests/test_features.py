@@ -286,6 +286,16 @@ def test_a_key_is_refused_wherever_it_comes_from():
     with pytest.raises(lm.FeaturesError, match="draws random numbers"):
         lm.CachedFeatures(ahead, params(), whole, progress=False)
 
+    def behind(params, batch):
+        x = jnp.tanh(batch["x"] @ params["w"]) @ params["u"]
+        return (x * jax.random.normal(batch["key"], x.shape)).sum()
+
+    for key in (jax.random.key(0), jax.random.PRNGKey(0)):
+        batch, axes = {"x": batch["x"], "key": key}, {"x": 0, "key": None}
+        ahead = lm.precompute(behind, params(), RULES, batch, batch_axis=axes)
+        with pytest.raises(lm.FeaturesError, match="same whenever the example is seen; leave it"):
+            lm.CachedFeatures(ahead, params(), {**whole, "key": key}, progress=False)
+
     def of_key(params, batch, key):
         return of_batch_key(params, {**batch, "key": key})
 

@@ -174,7 +174,7 @@ def test_a_frozen_layer_after_a_trained_one():
 
     split = check(loss_fn, params, [("{a,b,d}", None)], normal(5, 8))
     assert sizes(split) == [32]
-    assert split.split.front_params == [0, 1]
+    assert split.cut.front_params == [0, 1]
 
 
 def test_a_tied_embedding():
@@ -321,7 +321,7 @@ def test_a_call_that_holds_both(call):
 
     split = check(loss_fn, params, [("w", None)], normal(5, 4))
     assert sizes(split) == [16]
-    front, _ = split.split.work()
+    front, _ = split.cut.work()
     opened = call in (jax.jit, jax.checkpoint)
     assert front == (2 if opened else 1) * (2 * 5 * 16 + 5 * 4)
     text = str(jax.make_jaxpr(jax.grad(split.rest))(params, split.front(params, normal(5, 4))))
@@ -437,7 +437,7 @@ def test_the_lower_layers_of_a_stack(form):
     plan = lm.compile_rules(rules, params)
     for one, two, frozen in zip(found, wanted, jax.tree.leaves(plan.frozen), strict=True):
         np.testing.assert_allclose(one, jnp.where(frozen, 0, two), rtol=1e-5, atol=1e-6)
-    front, rest = split.split.work()
+    front, rest = split.cut.work()
     assert front > rest
     changed = dict(params, kernel=params["kernel"] + jnp.where(plan.frozen["kernel"], 0, 1))
     assert split.fingerprints(changed) == split.fingerprints(params)
@@ -473,7 +473,7 @@ def test_a_stack_of_flax():
         split.rest(params, features), loss_fn(params, normal(5, 4)), rtol=1e-6
     )
     assert sizes(split) == [16]
-    assert split.split.work()[0] > split.split.work()[1]
+    assert split.cut.work()[0] > split.cut.work()[1]
 
 
 # What is handed on.
