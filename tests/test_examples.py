@@ -215,6 +215,33 @@ def test_lora_plus(tmp_path):
     assert float(re.search(r"upright, ([\d.]+)% sideways", text)[1]) < 40  # before
 
 
+def test_precompute(tmp_path):
+    text = output_of("precompute.py", tmp_path, "--epochs", "8")
+    assert re.search(r"^trunk .+ 104,880 +frozen +0: 'trunk'$", text, re.MULTILINE)  # the plan
+    assert re.search(r"^.*Net/trunk/norm +float32\[64,48\] +192$", text, re.MULTILINE)  # the cut
+    assert "The linear probe needs the same features" in text
+    examples, numbers, label = 704, 48, 4
+    sizes = [f"{examples * (numbers * size + label):,}" for size in (4, 2)]
+    assert f"float32, in memory      {sizes[0]} bytes" in text
+    assert "bfloat16, in files      320 of 704 images, then a stop" in text
+    assert f"the same once more      {sizes[1]} bytes, as if there had been no stop" in text
+    found = re.findall(
+        r"^  (images|features|features in bfloat16) +(\d[\d.% e-]+)$", text, re.MULTILINE
+    )
+    cells = [[float(x.strip("%")) for x in line.split()] for _, line in found]
+    ways = [way for way, _ in found]
+    assert ways == 2 * ["images", "features", "features in bfloat16"]
+    for images, wide, narrow in (cells[:3], cells[3:]):
+        assert max(wide[0], narrow[0]) < 0.01 * images[0]  # FLOPs
+        assert min(wide[2], narrow[2]) > 2  # times as fast
+        assert images[2] > 75  # accuracy; a fifth is chance
+        assert abs(wide[3] - images[2]) < 1
+        assert max(wide[4:]) < 1e-5  # differences of losses and weights
+        assert 0 < narrow[4] < 0.1
+    assert "In all 6 runs the trunk kept every bit." in text
+    assert "FeaturesError: the features are out of date: 'trunk/Conv_0/bias' changed" in text
+
+
 def test_the_file_of_rules_fits_its_model():
     path = ROOT / "examples" / "layer_decay_vit.py"
     spec = importlib.util.spec_from_file_location("layer_decay_vit", path)
