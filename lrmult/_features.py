@@ -41,9 +41,10 @@ class CachedFeatures:
                 params, state = step(params, state, features)
 
     In files the work survives a stop: made again with the same arguments, it goes on where it was,
-    and is there at once when it is complete. What it is made of is known by fingerprints: of the
-    front, of the frozen parameters that this reads, and of the data. So features of something else
-    are never taken in silence.
+    and nothing is computed once it is complete. What it is made of is known by fingerprints: of the
+    front, of the frozen parameters that this reads, and of the data, which is read for it once. So
+    features of something else are never taken in silence, while other layers behind the same
+    frozen ones find theirs.
 
     Features are refused where those of an example would not stay what they are: if the front draws
     random numbers, has an effect on the host, or mixes the examples of a batch, as batch

@@ -95,7 +95,8 @@ class Precomputed:
     def fingerprints(self, params: PyTree) -> dict[str, str]:
         """A fingerprint of each frozen parameter that the front reads, by its path."""
         arrays, form = flattened(params)
-        return self._traced(form, arrays, self._batch, self._args).split.marks(arrays)
+        tree = form.tree(arrays)
+        return self.cut.marks(dict(zip(paths_of(tree), jax.tree.leaves(tree), strict=True)))
 
     def front(self, params: PyTree, batch: PyTree) -> tuple[jax.Array, ...]:
         """What the frozen part makes of a batch. Compiled.

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -148,25 +148,35 @@ class Split:
 
     def mark(self) -> str:
         """A fingerprint of what the front does, but for parameters and batch."""
-        numbers = {value: i for i, value in enumerate(self._program.inputs)}
-        text = [str(feature) for feature in self.features]
+        labels: dict[Value, Any] = dict(zip(self._program.inputs, self._names, strict=False))
+        text = [
+            # Lines of a file, which may be in an origin, say nothing about what is computed.
+            str(dataclasses.replace(each, origin="" if each.is_computed else each.origin))
+            for each in self.features
+        ]
         for op in walk(self.front_ops):
             for value in (*op.reads, *op.makes):
-                if value not in numbers and value in self._program.constants:
+                if value not in labels and value in self._program.constants:
                     text.append(fingerprint(jnp.asarray(self._program.constants[value])))
-                numbers.setdefault(value, len(numbers))
-            places = [[numbers[value] for value in values] for values in (op.reads, op.makes)]
+                labels.setdefault(value, len(text))
+            places = [[labels[value] for value in values] for values in (op.reads, op.makes)]
             text.append(f"{places} {op.text() if isinstance(op, Equation) else type(op)}")
         return hashlib.blake2b("\n".join(text).encode(), digest_size=16).hexdigest()
 
-    def marks(self, params: Sequence[Any]) -> dict[str, str]:
-        """A fingerprint of each parameter that the front reads, or of its frozen part, by path."""
+    def marks(self, params: Mapping[str, Any]) -> dict[str, str]:
+        """A fingerprint of each parameter that the front reads, or of its frozen part, by path.
+
+        Args:
+            params: the parameters by path; those that are missing have none.
+        """
         found = {}
         for i in self.front_params:
-            array, still = params[i], self._program.inputs[i].still
-            if still:
-                array = np.compress(still.places, np.asarray(array), still.axis)
-            found[self._names[i]] = fingerprint(array)
+            path, still = self._names[i], self._program.inputs[i].still
+            if path in params:
+                array = params[path]
+                if still:
+                    array = np.compress(still.places, np.asarray(array), still.axis)
+                found[path] = fingerprint(array)
         return found
 
     def work(self) -> tuple[int, int]:

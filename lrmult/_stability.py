@@ -60,6 +60,8 @@ def _of_equation(op: Equation, examples: Examples | None) -> str:
     if names & _RANDOM:
         # Constants, such as random projections, are drawn anew each time, and are the same.
         same = examples is not None and examples.sized.isdisjoint(op.makes)
+        if any(value.of_batch for value in op.reads):
+            return f"draws random numbers from a seed in the batch ({place}), which {_ONCE}"
         if not (same and all(value.given for value in op.makes)):
             return (
                 f"draws random numbers ({place}), for dropout or augmentation; have it leave them "

@@ -283,7 +283,7 @@ def test_a_key_is_refused_wherever_it_comes_from():
     batch = {"x": normal(8, 4), "key": jax.random.key(0)}
     whole = {**batch, "x": normal(COUNT, 4)}
     ahead = lm.precompute(of_batch_key, params(), RULES, batch)
-    with pytest.raises(lm.FeaturesError, match="draws random numbers"):
+    with pytest.raises(lm.FeaturesError, match="draws random numbers from a seed in the batch"):
         lm.CachedFeatures(ahead, params(), whole, progress=False)
 
     def behind(params, batch):
@@ -484,6 +484,22 @@ def test_files_of_something_else(change, match, tmp_path):
         cached(*change(), path=path)
     with pytest.raises(lm.FeaturesError, match=r"in another dtype|another frozen part"):
         cached(path=path, dtype=jnp.bfloat16)
+
+
+def test_files_for_another_head(tmp_path):
+    def another(params, batch):
+        x = jnp.tanh(batch["x"] @ params["w"])
+        return ((x @ params["hidden"] @ params["u"] - batch["y"][:, None]) ** 2).mean()
+
+    more = {**params(), "hidden": params()["u"]}
+    batch = jax.tree.map(lambda array: array[:8], data())
+    ahead = lm.precompute(another, more, RULES, batch)
+    kept = cached(path=tmp_path / "f")
+    again = lm.CachedFeatures(ahead, more, data(), path=tmp_path / "f", progress=False)
+    np.testing.assert_array_equal(again[:][1], kept[:][1])
+    kept.check(more)
+    with pytest.raises(lm.FeaturesError, match="'w' changed since they were computed"):
+        kept.check({"u": more["u"]})
 
 
 def damage_note(path):
