@@ -8,6 +8,7 @@ import pytest
 
 import lrmult as lm
 from tests.programs import constants
+from tests.versions import enable_x64
 
 LARGEST_CONSTANT = 2**16
 MATRIX = (4096, 16384)
@@ -99,7 +100,7 @@ def test_a_long_axis_is_ruled_eagerly_too(name):
 
 @pytest.mark.parametrize("dtype", ["float64", "complex128"])
 def test_wide_numbers_are_small_constants(dtype):
-    with jax.enable_x64(True):
+    with enable_x64(True):
         params = {"w": jax.ShapeDtypeStruct(MATRIX, jnp.dtype(dtype))}
         for kinds in (7, 20):
             rules = [(lm.along("w", 1, slice(i, None, kinds)), 1 + i) for i in range(kinds)]
@@ -250,7 +251,7 @@ KINDS = {
 @pytest.mark.parametrize("x64", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_dtype_changes(kind, x64, jit):
-    with jax.enable_x64(x64):
+    with enable_x64(x64):
         dtypes = DTYPES + ["float64", "complex128"] * x64
         grads = {name: [jnp.ones((4, 8), dtype) for dtype in dtypes] for name in "abcd"}
         tx = lm.scale_by_rules(many_parts(*KINDS[kind]()))
