@@ -5,6 +5,7 @@ import pathlib
 import pickle
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -206,6 +207,17 @@ def test_the_names_are_there_when_they_are_asked_for():
     code = "from lrmult import *; print(wrap, RuleError('x').__class__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "<class 'lrmult.RuleError'>" in done.stdout
+
+
+def test_the_oldest_versions_are_those_that_are_tested():
+    """What CI installs as the oldest is what pyproject.toml says is enough."""
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + project["optional-dependencies"]["test"]
+    bounds = dict(name.split(">=") for name in wanted if ">=" in name)
+    pins = (PACKAGE.parent / ".ci" / "oldest.txt").read_text().splitlines()
+    for name, version in (line.split("==") for line in pins if not line.startswith("#")):
+        if name != "jaxlib":
+            assert (version + ".0").startswith(bounds[name] + "."), name
 
 
 def test_it_is_typed():
