@@ -186,3 +186,140 @@ def test_a_long_text_is_short_in_its_message():
         assert isinstance(found, lm.Plan) or len(str(found)) < 700, name
 
 
+# ---- data and files -----------------------------------------------------------------------------
+
+
+def fold(times, make, seed):
+    return functools.reduce(lambda value, _: make(value), range(times), seed)
+
+
+HUGE = 10**5000
+REPEATED: dict[str, Any] = {
+    "lists": fold(12, lambda inner: [inner] * 10, "a"),
+    "tables": [fold(12, lambda inner: {"a": inner, "b": inner}, [1] * 1000)],
+    "paths": [{"target": fold(12, lambda inner: {"path": [inner] * 10}, "a"), "multiplier": 1}],
+    "groups": [
+        {"recipe": "layer_decay", "decay": 0.5, "depths": fold(12, lambda each: [each] * 10, "a")}
+    ],
+    "masks": [
+        {"target": "a", "multiplier": 1, "elements": fold(12, lambda each: [each] * 10, True)}
+    ],
+    "rules": [{"target": "a", "multiplier": 1, "rows": [1] * 5000}] * 5000,
+}
+
+
+@pytest.mark.parametrize("name", REPEATED)
+def test_data_that_repeats_itself(name):
+    with pytest.raises(lm.RuleError, match="add more than 1,000,000 values"):
+        lm.Rules.from_dict(REPEATED[name], PARAMS)
+
+
+def test_data_that_repeats_itself_a_little():
+    rule = {"target": "a", "multiplier": 1, "rows": [0, 1]}
+    assert len(lm.Rules.from_dict([rule] * 100)) == 100
+
+
+def test_billion_laughs(tmp_path):
+    laughs = [f"&a{i} [{','.join([f'*a{i - 1}' if i else 'x'] * 9)}]" for i in range(30)]
+    file = tmp_path / "rules.yaml"
+    file.write_text("\n".join(f"- {each}" for each in laughs))
+    with pytest.raises(lm.RuleError, match="add more than 1,000,000 values"):
+        lm.load_rules(file)
+    file.write_text("\n".join(f"x{i}: {each}" for i, each in enumerate(laughs)))
+    with pytest.raises(lm.RuleError, match="a file of rules has no 'x0'"):
+        lm.load_rules(file)
+    keys = "\n".join(f"? {each}\n: 1" for each in laughs)
+    file.write_text(f"rules:\n  - target: {laughs[0]}\n    multiplier: 1\n{keys}")
+    assert isinstance(outcome(lambda: lm.load_rules(file)), lm.RuleError)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        fold(30, lambda inner: [inner] * 9, "a"),
+        fold(30, lambda inner: (inner,) * 9, "a"),
+        fold(30, lambda inner: {"a": inner, "b": inner, "c": inner}, "a"),
+        fold(5000, lambda inner: (inner,), "a"),
+        fold(5000, lambda inner: [inner], "a"),
+        ["a" * 1_000_000] * 1000,
+        [HUGE],
+        {HUGE: HUGE},
+        HUGE,
+    ],
+    ids=["lists", "tuples", "dicts", "deep tuple", "deep list", "texts", "int", "key", "bare int"],
+)
+def test_objects_that_no_message_can_show(value):
+    for wrong in (
+        lambda: lm.Rules(value),
+        lambda: lm.Rules([value]),
+        lambda: lm.Rules([(value, 1)]),
+        lambda: lm.Rules([("a", value)]),
+        lambda: lm.Rules([(("a", value), 1)]),
+        lambda: lm.Structure(order={"a": value}),
+        lambda: lm.Rules.from_dict({"a": value}),
+        lambda: lm.Rules.from_dict([{"target": "a", "multiplier": value}]),
+        lambda: lm.Rules.from_dict([{"target": {"regex": "a", "flags": value}, "multiplier": 1}]),
+        lambda: lm.Rules.from_dict([{"recipe": value}], PARAMS),
+    ):
+        found = outcome(wrong)
+        assert isinstance(found, lm.LrmultError | lm.Rules)
+
+
+ODD_KEYS = [HUGE, 1, None, 1.5, float("nan"), True, (), (HUGE,), b"a", "\ud800", "\0"]
+
+
+@pytest.mark.parametrize("key", ODD_KEYS, ids=range(len(ODD_KEYS)))
+def test_keys_that_are_no_text(key):
+    for data in (
+        {key: []},
+        [{key: 1}],
+        [{"target": {key: 1}, "multiplier": 1}],
+        [{"target": {key: 1, "path": []}, "multiplier": 1}],
+        [{"target": "a", "multiplier": {key: 1}}],
+        [{"target": "a", "multiplier": 1, key: 1}],
+        [{"target": "a", "multiplier": 1, "elements": {key: 1}}],
+        [{"recipe": "bitfit", key: 1}],
+        [{"recipe": "layer_decay", "decay": 0.5, "depths": {"stack": "layers", key: 1}}],
+        [{"recipe": "mup", "base": {key: [1]}}],
+    ):
+        assert isinstance(outcome(lambda d=data: lm.Rules.from_dict(d, PARAMS)), lm.LrmultError)
+
+
+@pytest.mark.parametrize("shape", [[HUGE], [2**40, 0], [0] * 100, [2**62, 2**62, 0], [-1], [0, -1]])
+def test_masks_of_impossible_shapes(shape):
+    table = {"target": "a", "multiplier": 1, "elements": {"shape": shape, "bits": ""}}
+    outcome(lambda: lm.Rules.from_dict([table]))
+
+
+def rules_of(texts):
+    return [{"target": text, "multiplier": 2} for text in texts]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda n: [{"target": "a", "multiplier": 1, "rows": f"{' ' * n}:{' ' * n}:{' ' * n}x"}],
+        lambda n: [{"target": "a", "multiplier": 1, "rows": "-" * n}],
+        lambda n: [{"target": "a", "multiplier": 1, "rows": ":" * n}],
+        lambda n: [{"target": "a", "multiplier": "1" * n}],
+        lambda n: [{"target": {"path": ["a"] * n}, "multiplier": 1}],
+        lambda n: [{"target": "a", "multiplier": 1, "elements": [True] * n}],
+        lambda n: [{"targte" * n: "a"}],
+        lambda n: [{"recipe": "a" * n}],
+        lambda n: rules_of(map(str, range(n // 10))),
+    ],
+    ids=["spaces", "signs", "colons", "number", "path", "mask", "key", "recipe", "rules"],
+)
+def test_long_data_take_a_time_in_proportion(make):
+    assert_linear(lambda n: outcome(lambda: lm.Rules.from_dict(make(n), PARAMS)), 3000)
+
+
+@settings(max_examples=150)
+@given(st.one_of(texts.map(lambda text: text.encode("utf-8", "surrogatepass")), st.binary()))
+def test_any_bytes_are_a_file_of_rules_or_a_mistake(tmp_path_factory, data):
+    for suffix in ("toml", "yaml", "json"):
+        file = tmp_path_factory.getbasetemp() / f"any.{suffix}"
+        file.write_bytes(data)
+        outcome(lambda file=file: lm.load_rules(file, PARAMS))
+
+
