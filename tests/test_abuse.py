@@ -323,3 +323,168 @@ def test_any_bytes_are_a_file_of_rules_or_a_mistake(tmp_path_factory, data):
         outcome(lambda file=file: lm.load_rules(file, PARAMS))
 
 
+# ---- the command line ---------------------------------------------------------------------------
+
+
+def run(*arguments):
+    """The status, and what stands in both streams."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = main(list(map(str, arguments)))
+        except SystemExit as stop:
+            status = stop.code
+    return status, out.getvalue(), err.getvalue()
+
+
+def check_run(*arguments):
+    status, out, err = run(*arguments)
+    assert "Traceback" not in err, err
+    assert status in ((0, 1, 2) if "diff" in arguments or "explain" in arguments else (0, 2))
+    if status == 0:
+        assert out
+    elif not (status == 1 and "diff" in arguments):  # which says so in its table
+        assert err
+        assert not out
+    return status
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint and rules for it."""
+    found = tmp_path_factory.mktemp("command line")
+    np.savez(found / "model.npz", **{"a/b": np.ones(2), "head": np.ones((2, 3)), "x.y": np.ones(1)})
+    (found / "rules.json").write_text(json.dumps(rules_of(["head"])))
+    return found
+
+
+@settings(max_examples=100)
+@given(texts, texts)
+def test_any_options(folder, at, separator):
+    model = folder / "model.npz"
+    check_run("paths", model, f"--at={at}", f"--separator={separator}")
+    check_run("paths", model, f"--separator={separator}", "--json")
+
+
+@settings(max_examples=25)
+@given(texts)
+def test_any_target_in_a_file(folder, text):
+    (folder / "any.json").write_text(json.dumps(rules_of([text])))
+    check_run("explain", folder / "model.npz", "--rules", folder / "any.json", "--optimizer=sgd")
+
+
+@settings(max_examples=30)
+@given(st.lists(st.one_of(texts, st.sampled_from(["paths", "diff", "explain", "--rules", "--at"]))))
+def test_any_arguments(arguments):
+    status, _, err = run(*arguments)
+    assert status in (0, 2)
+    assert "Traceback" not in err
+
+
+def a_safetensors(header, data=b"\0" * 16):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+ENTRY = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
+
+
+def one(**changes):
+    return a_safetensors({"a": {**ENTRY, **changes}})
+
+
+def an_npy(header, data=b"\0" * 16, version=2):
+    text = header.encode("latin-1")
+    return b"\x93NUMPY" + bytes([version, 0]) + struct.pack("<I", len(text)) + text + data
+
+
+def shaped(shape):
+    return f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({shape},)}}"
+
+
+def an_npz(*members):
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        for number, member in enumerate(members):
+            archive.writestr(f"a{number}.npy", member)
+    return out.getvalue()
+
+
+MEGABYTE = 2**20
+DAMAGED: dict[str, Any] = {
+    "sizes of zero": one(shape=[2**62, 2**62, 0], data_offsets=[0, 0]),
+    "a long axis of zero": one(shape=[2**40, 0], data_offsets=[0, 0]),
+    "a digit too many": a_safetensors(
+        b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,' + b"1" * 5000 + b"]}}"
+    ),
+    "4,000 digits": a_safetensors(
+        b'{"a":{"dtype":"F32","shape":[' + b"1" * 4000 + b'],"data_offsets":[0,16]}}'
+    ),
+    "an offset of 4,000 digits": a_safetensors(
+        b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,' + b"1" * 4000 + b"]}}"
+    ),
+    "floats": one(data_offsets=[0.0, 16.0]),
+    "NaN": a_safetensors(b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[NaN,16]}}'),
+    "backwards": one(data_offsets=[16, 0]),
+    "a text for a shape": one(shape="abcd"),
+    "booleans": one(shape=[True] * 4),
+    "a list for a dtype": one(dtype=[]),
+    "three offsets": one(data_offsets=[0, 8, 16]),
+    "deep JSON": a_safetensors(b'{"a":' * 50_000),
+    "UTF-16": a_safetensors('{"a":1}'.encode("utf-16-le")),
+    "a deep name": a_safetensors({"/".join("a" * 3000): ENTRY}),
+    "a name of slashes": a_safetensors({"/" * 3000: ENTRY}),
+    "half of a character": a_safetensors(
+        b'{"\\ud800":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}'
+    ),
+    "a header that claims gigabytes": an_npz(
+        b"\x93NUMPY\x02\x00\xff\xff\xff\xff" + b" " * 100 * MEGABYTE
+    ),
+    "a long header": an_npz(an_npy(" " * 100 * MEGABYTE + shaped(4))),
+    "a header of brackets": an_npz(an_npy("(" * 5000)),
+    "a header of a sum": an_npz(an_npy(shaped("2**99"))),
+    "a header of digits": an_npz(an_npy(shaped("1" * 5000))),
+    "less than it says": an_npz(an_npy(shaped(25_000_000))),
+    "negative sizes": an_npz(an_npy(shaped("-4,-1"))),
+    "many axes": an_npz(an_npy(shaped("1," * 69 + "4"))),
+    "another version": an_npz(an_npy(shaped(4), version=9)),
+    "named fields": an_npz(
+        an_npy("{'descr': [('x', '<f4')], 'fortran_order': False, 'shape': (4,)}")
+    ),
+    "objects": an_npz(an_npy("{'descr': '|O', 'fortran_order': False, 'shape': (4,)}")),
+    "a map of billions": b"\xdf\xff\xff\xff\xff\xa1a\x01",
+    "a list of billions": b"\x81\xa1a\xdd\xff\xff\xff\xff",
+    "lists in lists": b"\x81\xa1a" + b"\x91" * 100_000 + b"\x01",
+    "arrays in arrays": b"\x81\xa1a" + b"\xc7\xff\x01\x93" * 3000,
+    "complex numbers in each other": b"\x81\xa1a" + b"\xc7\x03\x02\x92" * 2000,
+    "no text": b"\x81\xa1\xff\x01",
+    "no chunks": b"\x81\xb5__msgpack_chunked_array__\x01",
+    "a long key": b"\x81\xdb\x00\x0f\x42\x40" + b"a/" * 500_000 + b"\x01",
+    "an array of 2**64": b"\x81\xa1a\xc7\x14\x01\x93\x91\xcf" + b"\xff" * 8 + b"\xa5int8\0\xc4\x00",
+    "one name twice": b"\x82\xa11\x01\x01\x01",
+}
+# Files that hold what they say, or where only the numbers are out of reach.
+READABLE = ("half of a character", "floats", "many axes", "another version")
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_files(name, folder):
+    file = folder / "damaged"
+    file.write_bytes(DAMAGED[name])
+    status = check_run("paths", file)
+    assert status == (0 if name in READABLE else 2)
+    check_run("diff", file, folder / "model.npz")
+    check_run("diff", folder / "model.npz", file, "--rules", folder / "rules.json")
+    check_run("explain", file, "--rules", folder / "rules.json", "--optimizer=sgd")
+
+
+def test_a_header_that_claims_gigabytes_takes_no_memory(folder):
+    file = folder / "bomb.npz"
+    file.write_bytes(DAMAGED["a header that claims gigabytes"])
+    tracemalloc.start()
+    check_run("paths", file)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 10 * MEGABYTE
+
+
