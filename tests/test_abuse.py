@@ -656,3 +656,61 @@ def test_keys_that_change_are_told():
         lm.assert_frozen(tree, tree | {"key": tree["rbg"]}, [("key", None)])
 
 
+# ---- parameters that change ---------------------------------------------------------------------
+
+BEFORE = {"a": {"w": np.ones((4, 6)), "b": np.ones(6)}, "h": np.ones(6)}
+CHANGED: dict[str, Any] = {
+    "more": BEFORE | {"a": BEFORE["a"] | {"c": np.ones(3)}},
+    "less": BEFORE | {"a": {"w": np.ones((4, 6))}},
+    "another name": BEFORE | {"a": {"w": np.ones((4, 6)), "bb": np.ones(6)}},
+    "another shape": BEFORE | {"a": {"w": np.ones((4, 6)), "b": np.ones(7)}},
+    "another shape in part": BEFORE | {"a": {"w": np.ones((5, 6)), "b": np.ones(6)}},
+    "a hole": BEFORE | {"a": {"w": np.ones((4, 6)), "b": None}},
+    "no array": BEFORE | {"a": {"w": np.ones((4, 6)), "b": "b"}},
+    "a list": [np.ones((4, 6)), np.ones(6)],
+    "one array": np.ones(3),
+    "nothing": None,
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+@pytest.mark.parametrize(
+    "rules",
+    [[("a/w", None)], [(lm.rows("a/w", 0), None)], [("a/w", lm.During(0.5))]],
+    ids=["whole", "part", "schedule"],
+)
+def test_params_that_changed_since_init(name, rules):
+    changed = CHANGED[name]
+    for compact in (False, True):
+        tx = lm.wrap(optax.adam(0.1), rules, compact=compact)
+        state = tx.init(BEFORE)
+        # Of what is frozen as a whole there is no state, and not all optimizers look at parameters.
+        if (name, rules[0][0]) != ("another shape in part", "a/w"):
+            with pytest.raises(lm.LrmultError) as caught:
+                tx.update(changed, state, changed)
+            assert len(str(caught.value)) < 600
+        for updates, params in ((changed, BEFORE), (BEFORE, changed)):
+            outcome(lambda tx=tx, u=updates, s=state, p=params: tx.update(u, s, p))
+    with pytest.raises(lm.LrmultError):
+        lm.assert_frozen(BEFORE, changed, rules)
+
+
+def test_what_changed_is_named():
+    tx = lm.wrap(optax.adam(0.1), [("a/w", None)])
+    state = tx.init(BEFORE)
+    with pytest.raises(lm.RuleError, match=r"made for other parameters: .*'0/mu/a/b'"):
+        tx.update(CHANGED["less"], state, CHANGED["less"])
+    with pytest.raises(lm.RuleError, match=r"updates are not structured .* at 'a/b' and 'a/bb'"):
+        tx.update(CHANGED["another name"], state, BEFORE)
+
+
+def test_an_error_of_the_optimizer_itself_goes_through():
+    def update(updates, state, params=None):
+        raise ValueError("of its own")
+
+    broken = optax.GradientTransformation(optax.adam(0.1).init, update)
+    tx = lm.wrap(broken, [("a/w", None)])
+    with pytest.raises(ValueError, match=r"^of its own$"):
+        tx.update(BEFORE, tx.init(BEFORE), BEFORE)
+
+
