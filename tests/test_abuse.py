@@ -714,3 +714,91 @@ def test_an_error_of_the_optimizer_itself_goes_through():
         tx.update(BEFORE, tx.init(BEFORE), BEFORE)
 
 
+# ---- many rules ---------------------------------------------------------------------------------
+
+SHAPES = {
+    f"l{i}": {f"p{j}": jax.ShapeDtypeStruct((2,), np.float32) for j in range(10)}
+    for i in range(100)
+}
+MANY: dict[str, Any] = {
+    "paths": lambda n: [(f"l{i % 100}/p{i // 100 % 10}", 2 + i) for i in range(n)],
+    "positions": lambda n: [(f"l[{i % 100}]/p[{i // 100 % 10}]", 2 + i) for i in range(n)],
+    "wildcards": lambda n: [(f"**/*{i}", 2 + i) for i in range(n)],
+    "everything": lambda n: [("**", 2 + i) for i in range(n)],
+    "no path": lambda n: [(f"zz{i}", 2 + i) for i in range(n)],
+    "parts": lambda n: [(lm.rows("l1/p1", i % 2), 2 + i) for i in range(n)],
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", MANY)
+def test_many_rules_take_a_time_in_proportion(name):
+    def compile_many(n):
+        rules = lm.optional(MANY[name](n))
+        assert len(lm.compile_rules(rules, SHAPES).rules) == n
+
+    assert_linear(compile_many, 200 if name in ("parts", "positions") else 1000, most=40)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", ["everything", "no path"])
+def test_so_do_many_mistakes(name):
+    def compile_many(n):
+        assert len(lm.compile_rules(MANY[name](n), SHAPES, strict=False).rules) == n
+
+    assert_linear(compile_many, 100, most=40)
+
+
+def test_of_many_mistakes_all_are_told_and_few_explained():
+    with pytest.warns(UserWarning, match="^rule") as caught:
+        lm.compile_rules([(f"p{i}x", 2) for i in range(50)], SHAPES, strict=False)
+    told = [str(warning.message) for warning in caught]
+    assert len(told) == 50
+    assert "the paths are" in told[0] or "did you mean" in told[0]
+    assert told[-1] == "rule 49 ('p49x' -> 2): it matches nothing"
+
+
+def test_a_catch_all_closes_only_where_no_rule_of_the_users_follows():
+    optional = lm.optional([("h", 2)])
+    lm.compile_rules(lm.Rules([("a", 1), ("h", 1), (..., 2)]) + optional, BEFORE)
+    with pytest.raises(lm.ShadowedRuleError, match="rule 2"):
+        lm.compile_rules(lm.Rules([("a", 1), ("h", 1), (..., 2), ("a", 3)]) + optional, BEFORE)
+
+
+# ---- threads ------------------------------------------------------------------------------------
+
+
+def test_threads_that_compile_at_once():
+    trees = [{f"l{i}": {"w": np.ones(3 + k), "b": np.ones(k)} for i in range(10)} for k in range(3)]
+    rules = lm.Rules([("l[:4]", None), (lm.rows("**/w", 0), None), ("**/b", 0.5), (..., 2)])
+
+    def compiled(tree):
+        plan = lm.compile_rules(rules, tree)
+        updates, _ = lm.scale_by_rules(rules).update(tree, optax.EmptyState(), tree)
+        tx = lm.wrap(optax.identity(), rules, compact=True)
+        wrapped, _ = tx.update(tree, tx.init(tree), tree)
+        leaves = jax.tree.leaves((plan.multipliers, updates, wrapped))
+        return str(plan), [np.asarray(leaf).tobytes() for leaf in leaves]
+
+    expected = [compiled(tree) for tree in trees]
+    for cache in (_patterns.parse, lm._plan._plan_of, lm._view._boxes, lm._view._narrow_treedef):
+        cache.cache_clear()
+    start = threading.Barrier(8)
+    found: list[Any] = [None] * 8
+
+    def work(number):
+        start.wait()
+        order = [(number + k) % len(trees) for k in range(len(trees))]  # some at once, some apart
+        found[number] = {tree: compiled(trees[tree]) for tree in order}
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert all([each[k] for k in range(len(trees))] == expected for each in found)
