@@ -159,9 +159,11 @@ def _variables(tree: PyTree) -> set[int]:
 def _compare(path: str, before: Any, after: Any, frozen: Any) -> None:
     """Raise if one of the elements that are frozen is not what it was."""
     then, now = (_read(path, each) for each in (before, after))
-    name = f"{path!r} {spec(then.shape, then.dtype)}"
+    # That of a key is its own dtype: on the host it is the bytes that it holds.
+    dtypes = [getattr(each, "dtype", None) for each in (before, after)]
+    name = f"{path!r} {spec(then.shape, dtypes[0] or then.dtype)}"
     if (then.shape, then.dtype) != (now.shape, now.dtype):
-        seen = spec(now.shape, now.dtype)
+        seen = spec(now.shape, dtypes[1] or now.dtype)
         raise FrozenError(f"{name} became {seen}; the parameters must keep shapes and dtypes")
     if frozen is False:
         return
@@ -180,6 +182,8 @@ def _compare(path: str, before: Any, after: Any, frozen: Any) -> None:
 
 def differing(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Which elements of two arrays of one shape and dtype have not the same bits."""
+    if not one.itemsize:  # float0
+        return np.zeros(one.shape, np.bool_)
     width = min(one.itemsize, 8)
     bits = [np.ascontiguousarray(each).reshape(-1).view(f"u{width}") for each in (one, other)]
     words = (bits[0] != bits[1]).reshape(one.size, one.itemsize // width)
@@ -197,6 +201,9 @@ def _read(path: str, array: Any) -> Any:
         )
     if jnp.issubdtype(jnp.result_type(array), jax.dtypes.prng_key):
         array = jax.random.key_data(array)
+        if array.is_fully_addressable:
+            words = np.asarray(array)
+            array = words.view(np.dtype((np.void, words.itemsize * words.shape[-1])))[..., 0]
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         return array
     return np.asarray(array)

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any, NamedTuple, TypeAlias
@@ -38,12 +37,13 @@ class Value:
     Attributes:
         aval: its shape and dtype.
         known: whether it depends on nothing that trains.
-        given: whether constants alone tell it, or parameters do without work: there is no need to
-            hand it on.
+        given: whether parameters and constants tell it without work: there is no need to hand it
+            on.
         of_batch: whether it depends on the batch.
         of_params: whether it depends on parameters.
         still: the frozen places along an axis, of what is known in part.
-        cause: what keeps it from being known.
+        cause: what keeps it from being known, the first of all.
+        kinds: what kinds of things do: "trains", "argument", "random".
         lengths: of the loops that compute it anew each time.
         source: the operation that makes it; None for what a program or the body of a loop is given.
         number: its place in the program.
@@ -56,6 +56,7 @@ class Value:
     of_params: bool = False
     still: Still | None = None
     cause: str = ""
+    kinds: frozenset[str] = frozenset()
     lengths: tuple[int, ...] = ()
     source: "Op | None" = None
     number: int = -1
@@ -75,8 +76,9 @@ Env: TypeAlias = dict[Value, Any]
 Values: TypeAlias = frozenset[Value]
 
 
-class Remat(NamedTuple):
-    """A region that is computed again when it is differentiated."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Remat:
+    """A region that is computed again when it is differentiated: one call of `jax.checkpoint`."""
 
     policy: Any
     prevent_cse: Any
@@ -130,20 +132,10 @@ class Equation(Op):
         """The floating-point operations that it takes, in all runs of the loops around it."""
         return math.prod(self.makes[0].lengths if self.makes else ()) * work_of(self.eqn)
 
-    def text(self) -> str:
-        """What it does, without the names of what it reads and makes."""
-        places = {variable: place for place, variable in enumerate(self._variables)}
-        operands = [
-            f"{atom.val!r}:{atom.aval}" if isinstance(atom, Literal) else places[atom]
-            for atom in self.eqn.invars
-        ]
-        consts = [
-            np.asarray(array).tolist()
-            for param in self.eqn.params.values()
-            for array in getattr(param, "consts", ())
-        ]
-        params = sorted(self.eqn.params.items())
-        return re.sub(r" at 0x[0-9a-f]+", "", f"{self.name} {operands} {consts} {params}")
+    def operands(self) -> list[Value | Any]:
+        """What it takes, in order: values, and literals."""
+        values = dict(zip(self._variables, self.reads, strict=True))
+        return [atom if isinstance(atom, Literal) else values[atom] for atom in self.eqn.invars]
 
     def run(self, env: Env) -> None:
         outputs = [v for v in self.eqn.outvars if type(v).__name__ != "DropVar"]
@@ -181,6 +173,8 @@ class Loop(Op):
     """A scan, of whose body some values can be kept from one run for another.
 
     Attributes:
+        eqn: the equation that it was.
+        operands: what that took.
         xs: what is scanned over, and the value in the body that is a slice of it.
         inits: the carry before the first time.
         carries: the carry as the body gets it.
@@ -192,6 +186,8 @@ class Loop(Op):
         takes: those of them that it is given, stacked.
     """
 
+    eqn: Any
+    operands: list[Value]
     settings: dict[str, Any]
     remats: tuple[Remat, ...]
     xs: list[tuple[Value, Value]]
@@ -268,6 +264,8 @@ class Branch(NamedTuple):
 class Switch(Op):
     """A choice between branches that is known, with work in them that is known."""
 
+    eqn: Any
+    operands: list[Value]
     index: Value
     branches: list[Branch]
     finals: list[Value]
@@ -499,16 +497,18 @@ class _Reader:
         arrays = all(_is_array(v.aval) for v in (*eqn.invars, *eqn.outvars))
         known = arrays and all(v.known for v in read)
         of_params, of_batch = any(v.of_params for v in read), any(v.of_batch for v in read)
-        constant = known and not of_params and not of_batch
-        given = arrays and (constant or (op.free and all(v.given for v in read)))
+        given = arrays and op.free and all(v.given for v in read)
         cause = next((v.cause for v in read if v.cause), "" if arrays else "a mutable array")
         still = _still(eqn, read[0]) if len(read) == 1 and read[0].still else None
         if given and still and still.places.all():
             known, still = True, None
+        kinds = frozenset() if known else frozenset().union(*[v.kinds for v in read])
+        if kinds == {"argument"} and op.name in RANDOM:
+            kinds = frozenset(["random"])
         hoist = known and scope.is_loop and not eqn.effects and scope.members.isdisjoint(read)
         lengths = scope.lengths[:-1] if hoist else scope.lengths
         for variable in eqn.outvars:
-            facts = (known, given, of_batch, of_params, still, "" if known else cause)
+            facts = (known, given, of_batch, of_params, still, "" if known else cause, kinds)
             op.makes.append(Value(variable.aval, *facts, lengths, op, next(self._numbers)))
         self._add(op, scope, hoist)
         return list(op.makes)
@@ -536,6 +536,8 @@ class _Reader:
         fixed, inits, scanned = _split_scan(eqn, values)
         lengths = (*scope.lengths, length)
         of_params, of_batch = any(v.of_params for v in values), any(v.of_batch for v in values)
+        cause = next(v.cause for v in values if v.cause)
+        kinds = frozenset().union(*[v.kinds for v in values])
         known = [v.known for v in inits]
         while True:
             inside = _Scope(lengths, is_loop=True)
@@ -556,7 +558,8 @@ class _Reader:
             ]
             for carry, is_known, init in zip(carries, known, inits, strict=True):
                 if not is_known:
-                    carry.cause = init.cause or "what the loop computes before"
+                    carry.cause = init.cause or cause
+                    carry.kinds = kinds
             outputs = self.closed(closed, [*fixed, *carries, *xs], inside)
             results, ys = outputs[: len(inits)], outputs[len(inits) :]
             still = [a and b.known for a, b in zip(known, results, strict=True)]
@@ -573,6 +576,8 @@ class _Reader:
             if key in eqn.params
         }
         loop = Loop(
+            eqn,
+            values,
             settings,
             scope.remats,
             [*zip(scanned, xs, strict=True)],
@@ -630,7 +635,7 @@ class _Reader:
             branches.append(Branch(inside.ops, frozenset(inside.members), results))
         if not any(is_work(op) for inside in insides for op in walk(inside.ops)):
             return None
-        switch = Switch(index, branches, [], scope.remats)
+        switch = Switch(eqn, values, index, branches, [], scope.remats)
         for place, variable in enumerate(eqn.outvars):
             found = [branch.results[place] for branch in branches]
             value = Value(
@@ -639,6 +644,7 @@ class _Reader:
                 of_batch=index.of_batch or any(v.of_batch for v in found),
                 of_params=index.of_params or any(v.of_params for v in found),
                 cause=next((v.cause for v in found if v.cause), ""),
+                kinds=frozenset().union(*[v.kinds for v in found]),
                 lengths=scope.lengths,
                 source=switch,
             )
@@ -647,6 +653,11 @@ class _Reader:
             self._enclose(inside, scope)
         self._add(switch, scope)
         return list(switch.finals)
+
+
+RANDOM = frozenset(
+    ["random_bits", "random_gamma", "rng_bit_generator", "rng_uniform", "threefry2x32"]
+)
 
 
 def is_work(op: Op) -> bool:
