@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lrmult._errors import FeaturesError, listing
-from lrmult._libraries import is_nnx_module, loaded_nnx
+from lrmult._libraries import is_nnx_module, is_variable, loaded_equinox, loaded_nnx
 from lrmult._paths import ParamTree, PyTree
 from lrmult._scaling import explicit_sharding
 
@@ -24,11 +24,13 @@ class Form:
     Attributes:
         treedef: the structure of the tree, or of the state of a module.
         others: the leaves that are no arrays, such as activation functions.
+        types: the types of these, since 1, 1.0 and True are equal.
         graphdef: what an NNX module is beside its state.
     """
 
     treedef: Any
     others: tuple[Any, ...]
+    types: tuple[type, ...]
     graphdef: Any
 
     def tree(self, arrays: Sequence[Any]) -> PyTree:
@@ -77,9 +79,31 @@ def flattened(params: PyTree) -> tuple[list[Any], Form]:
     if is_nnx_module(params):
         graphdef, params = loaded_nnx().split(params)
     leaves, treedef = jax.tree.flatten(params)
+    if not _holds_equinox(params):  # whose modules hold numbers that are to stay numbers
+        leaves = [jnp.asarray(leaf) if isinstance(leaf, NUMBERS) else leaf for leaf in leaves]
     others = tuple([_ARRAY if hasattr(leaf, "dtype") else leaf for leaf in leaves])
     arrays = [leaf for leaf in leaves if hasattr(leaf, "dtype")]
-    return arrays, Form(treedef, others, graphdef)
+    return arrays, Form(treedef, others, tuple(map(type, others)), graphdef)
+
+
+NUMBERS = bool | int | float | complex
+
+
+def _holds_equinox(params: PyTree) -> bool:
+    equinox = loaded_equinox()
+    if equinox is None:
+        return False
+    nodes = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, equinox.Module))
+    return any(isinstance(node, equinox.Module) for node in nodes)
+
+
+def random_states(tree: PyTree) -> list[bool]:
+    """Per leaf, whether it is the state of a random number generator of NNX."""
+    nnx, found = loaded_nnx(), []
+    for node in jax.tree.leaves(tree, is_leaf=is_variable):
+        is_state = is_variable(node) and isinstance(node, nnx.RngState)
+        found += [is_state] * len(jax.tree.leaves(node))
+    return found
 
 
 def abstract(array: Any) -> jax.ShapeDtypeStruct:
@@ -90,7 +114,8 @@ def abstract(array: Any) -> jax.ShapeDtypeStruct:
         array = jnp.asarray(array)
     sharding = explicit_sharding(array) if isinstance(array, jax.Array) else None
     dtype = jax.dtypes.canonicalize_dtype(array.dtype, allow_extended_dtype=True)
-    return Abstract(array.shape, dtype, sharding=sharding)
+    weak = getattr(array, "weak_type", False)
+    return Abstract(array.shape, dtype, sharding=sharding, weak_type=weak)
 
 
 def paths_of(tree: PyTree) -> list[str]:

@@ -17,6 +17,7 @@ class Examples:
         sized: the values that are larger for a larger batch.
         mixes: per value in which several examples have come together, the equation where they did;
             None where that is a loop over examples.
+        twins: per operation, the equation in its place in the other program.
 
     Args:
         program: a program.
@@ -30,6 +31,7 @@ class Examples:
         self.axes: dict[Value, tuple[int, ...]] = {}
         self.sized: set[Value] = set()
         self.mixes: dict[Value, Equation | None] = {}
+        self.twins: dict[Op, Any] = {}
         for one, two in zip(program.inputs, doubled.inputs, strict=True):
             self._compare(one, two)
         self._follow(program.ops, doubled.ops)
@@ -52,6 +54,7 @@ class Examples:
         for one, two in zip(ops, doubled, strict=True):
             if type(one) is not type(two):
                 raise ValueError("other operations")
+            self.twins[one] = getattr(two, "eqn", None)
             if isinstance(one, Equation) and isinstance(two, Equation):
                 self._equation(one, two)
             elif isinstance(one, Loop) and isinstance(two, Loop):
@@ -59,9 +62,12 @@ class Examples:
             elif isinstance(one, Switch) and isinstance(two, Switch):
                 for branch, other in zip(one.branches, two.branches, strict=True):
                     self._follow(branch.body, other.body)
+                    if one.index in self.mixes:  # examples choose a branch for others
+                        for value in branch.members:
+                            self._inherit(value, [one.index])
                 for place, final in enumerate(one.finals):
                     self._compare(final, two.finals[place])
-                    self._inherit(final, [each.results[place] for each in one.branches])
+                    self._inherit(final, [one.index, *[b.results[place] for b in one.branches]])
             else:
                 for value, twin in zip(one.makes, two.makes, strict=True):
                     self._compare(value, twin)
@@ -71,23 +77,34 @@ class Examples:
         if op.name != other.name:
             raise ValueError("other operations")
         is_batched = any(self.axes.get(v) for v in op.reads)
+        by_size = _numbers(op) != _numbers(other)
         for value, twin in zip(op.makes, other.makes, strict=True):
             self._compare(value, twin)
             self._inherit(value, op.reads)
             if value not in self.mixes and value.of_batch and is_batched:
-                apart = len(self.axes[value]) == 1 and not self._is_along(op, value)
-                if not apart:
+                apart = len(self.axes[value]) == 1 and not self._is_along(op, other)
+                if by_size or not apart:
                     self.mixes[value] = op
 
-    def _is_along(self, op: Equation, value: Value) -> bool:
+    def _is_along(self, op: Equation, other: Equation) -> bool:
         """Whether an equation that keeps shapes goes along the examples."""
-        params = op.eqn.params
+        params, first = op.eqn.params, op.reads[0]
+        axes = [axis - len(first.lengths) for axis in self.axes.get(first, ())]
+        if op.name == "scan":
+            return bool(params["length"] != other.eqn.params["length"] and params["num_carry"])
+        if op.name == "conv_general_dilated":
+            return params["dimension_numbers"].lhs_spec[0] not in axes
+        if op.name == "fft":
+            ahead = len(first.aval.shape) - len(params["fft_lengths"])
+            return any(axis >= ahead for axis in axes)
+        if op.name.startswith("reduce_window"):
+            return any(params["window_dimensions"][axis] > 1 for axis in axes)
         along = {"rev": "dimensions", "sort": "dimension"}.get(op.name)
         along = "axis" if op.name.startswith("cum") else along
         if along is None:
             return False
         found = params[along] if isinstance(params[along], tuple) else (params[along],)
-        return any(axis + len(value.lengths) in self.axes[value] for axis in found)
+        return any(axis in axes for axis in found)
 
     def _loop(self, loop: Loop, other: Loop) -> None:
         over_examples = loop.settings["length"] != other.settings["length"]
@@ -119,7 +136,13 @@ class Examples:
             self.mixes.setdefault(value, self.mixes[found[0]])
 
 
-def to_hand_on(program: Program, mixes: Mapping[Value, Any]) -> set[Value]:
+def _numbers(op: Equation) -> list[str]:
+    """The floating-point numbers among what an equation takes."""
+    literals = [each for each in op.operands() if not isinstance(each, Value)]
+    return [str(each.val) for each in literals if each.aval.dtype.kind in "fc"]
+
+
+def to_hand_on(program: Program, examples: Examples, size: int) -> set[Value]:
     """The values that are to be handed on from what is known ahead to the rest.
 
     All work that can be done ahead is. Of the ways to cut behind it, this is one with the fewest
@@ -127,11 +150,22 @@ def to_hand_on(program: Program, mixes: Mapping[Value, Any]) -> set[Value]:
     hand on: by moving data, element by element or by a reduction, as long as all that is little
     beside what is saved. Values in which examples are mixed are handed on only where other work
     depends on them; a batch is reduced again in the rest.
+
+    Args:
+        program: a program.
+        examples: how its values hang on examples.
+        size: how many examples the batch has.
     """
+    mixes = examples.mixes
+    odd = {  # there is not one place for each example
+        value
+        for value, axes in examples.axes.items()
+        if axes and (len(axes) > 1 or value.shape[axes[0]] != size)
+    }
     known = sum(op.work for op in _known(program.ops))
     stored: set[Value] = set()
     for most in (Kind.REDUCES, Kind.ELEMENTS, Kind.MOVES):
-        stored = _cut(program, mixes, most)
+        stored = _cut(program, mixes, odd, most)
         rest, _ = needed(program.ops, program.outputs, frozenset(stored), False)
         again = [op for op in _known(rest) if mixes.keys().isdisjoint(op.makes)]
         if sum(op.work for op in again) <= _LITTLE * known:
@@ -149,7 +183,7 @@ def _known(ops: Iterable[Op]) -> Iterator[Equation]:
             yield op
 
 
-def _cut(program: Program, mixes: Mapping[Value, Any], most: Kind) -> set[Value]:
+def _cut(program: Program, mixes: Mapping[Value, Any], odd: set[Value], most: Kind) -> set[Value]:
     """What is handed on, if equations of that kind or a cheaper one are done again."""
     loops = [op for op in walk(program.ops) if isinstance(op, Loop)]
     slices = {x: outside for loop in loops for outside, x in loop.xs}
@@ -180,7 +214,8 @@ def _cut(program: Program, mixes: Mapping[Value, Any], most: Kind) -> set[Value]
     batch = set(program.inputs)
     costs = {value: value.size * (len(recipes) + 1) + (value not in batch) for value in recipes}
     most_costly = sum(costs.values()) + 1
-    costs = {value: cost + most_costly * (value in mixes) for value, cost in costs.items()}
+    avoided = odd.union(mixes)
+    costs = {value: cost + most_costly * (value in avoided) for value, cost in costs.items()}
     return cheapest_cut(costs, recipes, wanted)
 
 

@@ -4,7 +4,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ class FeatureFiles:
         shapes: the shape of each array.
         dtypes: the dtype of each array.
         facts: what the features are made of, under the names in `_FACTS`.
+        count: how many examples there are. Files that hold all of them are only read.
 
     Raises:
         FeaturesError: if it holds something else, or the disk has no room.
@@ -41,6 +42,7 @@ class FeatureFiles:
         shapes: Sequence[tuple[int, ...]],
         dtypes: Sequence[Any],
         facts: Mapping[str, Any],
+        count: int,
     ) -> None:
         self._path, self._facts = path, facts
         done = self._read_note()
@@ -49,21 +51,25 @@ class FeatureFiles:
                 np.prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True)
             ]
             self._make_room(int(sum(sizes)))
+            # The note comes first: what has one is a directory of features.
+            self._write_note(0, os.link)
         self.arrays = [
-            self._map(path / f"{i}.npy", shape, np.dtype(dtype), done is None)
+            self._map(path / f"{i}.npy", shape, np.dtype(dtype), done is None, done == count)
             for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True))
         ]
         self.done = done or 0
-        self.note(self.done)
 
     def note(self, done: int) -> None:
         """Note how many examples the files hold now, at once or not at all."""
         for array in self.arrays:
             if isinstance(array.base, np.memmap):
                 array.base.flush()
+        self._write_note(done, os.replace)
+
+    def _write_note(self, done: int, place: Callable[[pathlib.Path, pathlib.Path], None]) -> None:
         fresh = self._path / f"{_NOTE}.{os.getpid()}"
         fresh.write_text(json.dumps({**self._facts, "done": done}, indent=2))
-        os.replace(fresh, self._path / _NOTE)
+        _put(fresh, self._path / _NOTE, place)
 
     def _read_note(self) -> int | None:
         """How many examples the files hold; None if there are none."""
@@ -105,19 +111,40 @@ class FeatureFiles:
                 "write a narrower dtype=, or another path"
             )
 
-    def _map(self, file: pathlib.Path, shape: tuple[int, ...], dtype: Any, is_new: bool) -> Array:
+    def _map(
+        self, file: pathlib.Path, shape: tuple[int, ...], dtype: Any, is_new: bool, is_full: bool
+    ) -> Array:
         plain = np.dtype(f"u{dtype.itemsize}") if dtype.kind == "V" else dtype
         try:
-            if not is_new:
-                np.load(file, mmap_mode="r")  # sees what is cut off; "r+" would fill it with zeros
-            found = open_memmap(file, "w+", plain, shape) if is_new else open_memmap(file, "r+")
+            if is_new or (not file.exists() and not self._has_begun()):
+                # Another process may make the same file: the first one counts.
+                fresh = file.with_name(f"{file.name}.{os.getpid()}")
+                open_memmap(fresh, "w+", plain, shape)
+                _put(fresh, file, os.link)
+            found = np.load(file, mmap_mode="r")  # sees what is cut off; "r+" would fill it up
+            if not is_full:
+                found = open_memmap(file, "r+")
         except (OSError, ValueError) as error:
             raise FeaturesError(
                 f"{file} cannot be mapped ({error}); remove {self._path} to begin anew"
             ) from error
         if found.shape != shape or found.dtype != plain:
             raise FeaturesError(f"{file} was changed; remove {self._path} to begin anew")
-        return found.view(dtype)
+        array: Array = found.view(dtype)
+        return array
+
+    def _has_begun(self) -> bool:
+        return bool(self._read_note())
+
+
+def _put(fresh: pathlib.Path, file: pathlib.Path, place: Callable[..., None]) -> None:
+    """Move a file to its place, by `os.replace`, or by `os.link` if nothing is there."""
+    try:
+        place(fresh, file)
+    except FileExistsError:
+        pass
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 _FACTS = {

@@ -19,14 +19,16 @@ import numpy.typing as npt
 from lrmult._arguments import abstract, number_of_examples, paths_of
 from lrmult._errors import FeaturesError, in_bytes, listing, show, spec
 from lrmult._feature_files import FeatureFiles
+from lrmult._marks import fingerprint
 from lrmult._paths import PyTree
 from lrmult._precompute import Precomputed
-from lrmult._splitting import Feature, fingerprint
-from lrmult._stability import by_example, check_program, check_trial, moved
+from lrmult._splitting import Feature
+from lrmult._stability import ONCE, by_example, check_program, check_trial, trial_batches
 
 Array = npt.NDArray[Any]
 
 _FORMAT = 1
+_CHUNK = 1024  # examples that are read at a time for a fingerprint
 _SECONDS = 1.0  # between two notes of how far it has come
 
 
@@ -114,7 +116,9 @@ class CachedFeatures:
         check_program(precomputed.cut)
         self._axes = precomputed.example_axes
         self._data, self._count = _read_data(data, precomputed.batch, self._axes)
-        self._size = batch_size or number_of_examples(precomputed.batch, self._axes)
+        self._size = number_of_examples(precomputed.batch, self._axes)
+        if batch_size is not None:
+            self._size = _positive(batch_size)
         self._features = precomputed.features
         dtypes = [_kept_dtype(feature, dtype) for feature in self._features]
         shapes = [_kept_shape(feature, self._count) for feature in self._features]
@@ -130,7 +134,7 @@ class CachedFeatures:
                 "data": self._mark_of_data(),
                 "arrays": list(map(spec, shapes, dtypes)),
             }
-            self._files = FeatureFiles(self.path, shapes, dtypes, facts)
+            self._files = FeatureFiles(self.path, shapes, dtypes, facts, self._count)
         self._arrays = self._files.arrays if self._files else list(map(np.empty, shapes, dtypes))
         self._fill(params, progress)
         self._fixed = {
@@ -152,7 +156,11 @@ class CachedFeatures:
         Raises:
             FeaturesError: if it is none of these, or there is no such example.
         """
-        numbers = np.arange(self._count)[index] if isinstance(index, slice) else np.asarray(index)
+        numbers = np.asarray(index)
+        if isinstance(index, slice) or numbers.size == 0 or numbers.shape == (self._count,):
+            whole = slice(0) if not isinstance(index, slice) and numbers.size == 0 else index
+            if isinstance(whole, slice) or numbers.dtype == bool:
+                numbers = np.arange(self._count)[whole]
         if numbers.ndim != 1 or not np.issubdtype(numbers.dtype, np.integer):
             raise FeaturesError(f"write the numbers of examples, or a slice, not {show(index)}")
         if numbers.size and not -self._count <= numbers.min() <= numbers.max() < self._count:
@@ -183,14 +191,13 @@ class CachedFeatures:
                 order is that of the data set.
             drop_last: whether to leave out a last batch of fewer examples.
         """
-        if batch_size < 1:
-            raise FeaturesError(f"a batch has one example at least, not {batch_size}")
+        _positive(batch_size)
         order = np.arange(self._count)
         if seed is not None:
             order = np.random.default_rng(seed).permutation(self._count)
         end = self._count - (self._count % batch_size if drop_last else 0)
         starts = [*range(0, end, batch_size), end]
-        if end - starts[-2:][0] == 1 < batch_size:
+        if len(starts) > 2 and end - starts[-2] == 1 < batch_size:
             # Many a function does other things with one example alone.
             del starts[-2:-1]
         return (self[order[start:stop]] for start, stop in itertools.pairwise(starts))
@@ -220,26 +227,37 @@ class CachedFeatures:
         """A fingerprint of the data set."""
         mark = hashlib.blake2b(digest_size=16)
         for leaf, axis in zip(self._data, self._axes, strict=True):
-            for start in range(0, self._count if axis is not None else 1, self._size):
-                mark.update(fingerprint(_some(leaf, axis, start, start + self._size)).encode())
+            for start in range(0, self._count if axis is not None else 1, _CHUNK):
+                mark.update(fingerprint(_some(leaf, axis, start, start + _CHUNK)).encode())
         return mark.hexdigest()
 
-    def _batch(self, start: int, order: Any = slice(None)) -> PyTree:
+    def _batch(self, start: int) -> PyTree:
         """A batch of the examples from a place on; where there are fewer, the last is repeated."""
         leaves = []
         for leaf, axis in zip(self._data, self._axes, strict=True):
             part = _some(leaf, axis, start, start + self._size)
-            if axis is not None:
-                numbers = np.minimum(np.arange(self._size), part.shape[axis] - 1)[order]
+            if axis is not None and part.shape[axis] < self._size:
+                numbers = np.minimum(np.arange(self._size), part.shape[axis] - 1)
                 part = np.take(part, numbers, axis)
             leaves.append(part)
+        return self._like_batch(leaves)
+
+    def _like_batch(self, leaves: list[Any]) -> PyTree:
         return jax.tree.unflatten(jax.tree.structure(self._precomputed.batch), leaves)
 
     def _try(self, params: PyTree) -> None:
         """Raise if features hang on the other examples of a batch, or on places in it."""
-        if min(self._size, self._count) > 1:
-            batches = self._batch(0), self._batch(0, moved(self._size))
-            check_trial(self._features, *[self._precomputed.front(params, b) for b in batches])
+        if self._count == 1:
+            return
+        runs = []
+        for numbers in trial_batches(max(self._size, 2), self._count):
+            leaves = [
+                leaf if axis is None else _gathered(leaf, axis, numbers)
+                for leaf, axis in zip(self._data, self._axes, strict=True)
+            ]
+            found = self._precomputed.front(params, self._like_batch(leaves))
+            runs.append((numbers.tolist(), found))
+        check_trial(self._features, runs)
 
     def _fill(self, params: PyTree, progress: bool) -> None:
         """Compute what is not there yet."""
@@ -286,7 +304,18 @@ class CachedFeatures:
                     f"{kept.dtype} has no numbers as large as {np.abs(fresh).max():.3g}, which are "
                     f"among the features ({feature.origin}); keep them in bfloat16"
                 )
+            if np.count_nonzero(narrow) < 0.99 * np.count_nonzero(fresh):
+                raise FeaturesError(
+                    f"more than 1% of the features ({feature.origin}) would become zero in "
+                    f"{kept.dtype}; keep them in bfloat16"
+                )
             kept[start:stop] = narrow
+
+
+def _positive(batch_size: int) -> int:
+    if batch_size < 1:
+        raise FeaturesError(f"a batch has one example at least, not {batch_size}")
+    return batch_size
 
 
 def _read_data(data: PyTree, batch: PyTree, axes: Sequence[int | None]) -> tuple[list[Any], int]:
@@ -300,6 +329,8 @@ def _read_data(data: PyTree, batch: PyTree, axes: Sequence[int | None]) -> tuple
             "examples in the arrays of one batch"
         )
     leaves = [leaf if hasattr(leaf, "dtype") else np.asarray(leaf) for leaf in leaves]
+    if any(jnp.issubdtype(abstract(leaf).dtype, jax.dtypes.prng_key) for leaf in leaves):
+        raise FeaturesError(f"there is a random key in the data, which {ONCE}")
     counts = {}
     for path, leaf, like, axis in zip(paths_of(batch), leaves, wanted, axes, strict=True):
         name = repr(path) if path else "the array"
@@ -323,6 +354,12 @@ def _some(leaf: Any, axis: int | None, start: int, stop: int) -> Array:
     place = (...,) if axis is None else (slice(None),) * axis + (slice(start, stop),)
     found: Array = np.asarray(leaf[place])
     return found
+
+
+def _gathered(leaf: Any, axis: int, numbers: Any) -> Array:
+    """Some examples of an array, each read as a slice, which is all that it needs to support."""
+    parts = [_some(leaf, axis, number, number + 1) for number in numbers.tolist()]
+    return np.concatenate(parts, axis)
 
 
 def _kept_dtype(feature: Feature, told: Any) -> Any:

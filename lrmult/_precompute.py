@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lrmult._arguments import (
+    NUMBERS,
     Abstract,
     Form,
     abstract,
@@ -16,6 +17,7 @@ from lrmult._arguments import (
     flattened,
     number_of_examples,
     paths_of,
+    random_states,
     with_examples,
 )
 from lrmult._cuts import Examples
@@ -62,8 +64,10 @@ class Precomputed:
         self._batch, self._args = jax.tree.map(abstract, (batch, args))
         self._axes, self._why = example_axes(self._batch, batch_axis)
         self._known: dict[Any, _Traced] = {}
+        self._wanted: list[str] | None = None
         arrays, form = flattened(params)
         self.cut = self._traced(form, arrays, self._batch, self._args).split
+        self._wanted = self.cut.stored_marks
         self.features: tuple[Feature, ...] = self.cut.features
         self.gains = self.cut.gains
         self.reason = "" if self.gains else self._reason()
@@ -88,7 +92,7 @@ class Precomputed:
         Raises:
             FeaturesError: if that is not known.
         """
-        if self._why or self.cut.examples is None:
+        if self._why:
             raise FeaturesError(self._why)
         return self._axes
 
@@ -96,7 +100,9 @@ class Precomputed:
         """A fingerprint of each frozen parameter that the front reads, by its path."""
         arrays, form = flattened(params)
         tree = form.tree(arrays)
-        return self.cut.marks(dict(zip(paths_of(tree), jax.tree.leaves(tree), strict=True)))
+        leaves = dict(zip(paths_of(tree), jax.tree.leaves(tree), strict=True))
+        numbers = {path: repr(leaf) for path, leaf in leaves.items() if isinstance(leaf, NUMBERS)}
+        return self.cut.marks(leaves) | numbers
 
     def front(self, params: PyTree, batch: PyTree) -> tuple[jax.Array, ...]:
         """What the frozen part makes of a batch. Compiled.
@@ -173,7 +179,7 @@ class Precomputed:
     ) -> _Traced:
         arrays, batch, args = jax.tree.map(abstract, (list(arrays), batch, args))
         leaves, treedef = jax.tree.flatten((arrays, batch, args))
-        key = form, treedef, tuple([(x.shape, x.dtype, x.sharding) for x in leaves])
+        key = form, treedef, tuple([(x.shape, x.dtype, x.weak_type, x.sharding) for x in leaves])
         try:
             hash(key)
         except TypeError:  # a static field of a module that cannot be hashed
@@ -188,18 +194,18 @@ class Precomputed:
         tree = form.tree(arrays)
         plan = self._plan(tree)
         paths = paths_of(tree)
-        is_array = [isinstance(leaf, Abstract) for leaf in jax.tree.leaves(tree)]
+        frozen = plan.treedef.flatten_up_to(plan.frozen)
         facts = [
-            fact
-            for fact, each in zip(
-                zip(plan.treedef.flatten_up_to(plan.frozen), paths, strict=True),
-                is_array,
-                strict=True,
+            (_RANDOM if is_random else still, path)
+            for still, path, is_random, leaf in zip(
+                frozen, paths, random_states(tree), jax.tree.leaves(tree), strict=True
             )
-            if each
+            if isinstance(leaf, Abstract)
         ]
         program, results = self._program(form, arrays, facts, batch, args)
-        size, examples = number_of_examples(batch, self._axes), None
+        size, examples = number_of_examples(batch, self._axes), Examples(program, program)
+        if not size:
+            raise FeaturesError("the batch is empty; pass one of two examples or more")
         if not self._why:
             doubled = with_examples(batch, self._axes, 2 * size)
             try:
@@ -212,12 +218,13 @@ class Precomputed:
                     "to do the same for any number of two or more, along the axes that batch_axis= "
                     f"tells ({', '.join(map(str, self._axes))})"
                 )
-                if self._known:
+                if self._wanted is not None:
                     raise FeaturesError(why) from error
                 self._why = why
         names = [name for _, name in facts]
         names += [f"batch/{path}" if path else "batch" for path in paths_of(batch)]
-        return _Traced(Split(program, names, len(arrays), examples, size), results)
+        cut = Split(program, names, len(arrays), examples, size, self._wanted)
+        return _Traced(cut, results)
 
     def _program(
         self,
@@ -263,7 +270,7 @@ class Precomputed:
         if not self.gains:
             return [self.reason]
         notes = []
-        if self.cut.examples:
+        if not self._why:
             size = sum(feature.size for feature in self.features if feature.axis is not None)
             notes.append(f"{size:,} bytes per example")
         front, rest = self.cut.work()
@@ -274,11 +281,24 @@ class Precomputed:
         return f"<lrmult.Precomputed with {len(self.features)} features; print it for a table>"
 
 
+_RANDOM = "random"  # in place of what is frozen: it is another at each step
+
+
 def _param(aval: Any, frozen: Any, path: str) -> Value:
     if frozen is True:
         return Value(aval, known=True, given=True, of_params=True)
     name = repr(path) if path else "the array"
-    value = Value(aval, known=False, given=True, of_params=True, cause=f"{name}, which trains")
+    if frozen is _RANDOM:
+        kinds, cause = frozenset(["random"]), f"{name}, the state of random numbers"
+        return Value(aval, known=False, given=True, of_params=True, cause=cause, kinds=kinds)
+    value = Value(
+        aval,
+        known=False,
+        given=True,
+        of_params=True,
+        cause=f"{name}, which trains",
+        kinds=frozenset(["trains"]),
+    )
     if isinstance(frozen, np.ndarray):
         axes = [axis for axis, size in enumerate(frozen.shape) if size > 1]
         if len(axes) == 1:
@@ -291,7 +311,9 @@ def _argument(aval: Any, place: int) -> Value:
     is_key = jnp.issubdtype(aval.dtype, jax.dtypes.prng_key)
     kind = "a random key" if is_key else spec(aval.shape, aval.dtype)
     cause = f"a further argument of loss_fn ({kind}), which may be another at each step"
-    return Value(aval, known=False, cause=cause)
+    return Value(
+        aval, known=False, cause=cause, kinds=frozenset(["random" if is_key else "argument"])
+    )
 
 
 def precompute(

@@ -182,6 +182,7 @@ class Loop(Op):
         finals: the carry after the last time.
         body: the operations.
         members: the values that the body computes.
+        places: what of the carry, and of what is scanned over, its values are.
         keeps: those of them that are stacked, for use outside.
         takes: those of them that it is given, stacked.
     """
@@ -197,6 +198,7 @@ class Loop(Op):
     finals: list[Value]
     body: list[Op]
     members: Values
+    places: dict[Value, str]
     keeps: list[Value] = dataclasses.field(default_factory=list)
     takes: list[Value] = dataclasses.field(default_factory=list)
     reads: Sequence[Value] = ()
@@ -587,6 +589,11 @@ class _Reader:
             finals,
             inside.ops,
             frozenset(inside.members),
+            {
+                value: f"{what} {i}"
+                for what, values in (("carry", carries), ("slice", xs), ("final", finals))
+                for i, value in enumerate(values)
+            },
         )
         for value in finals:
             value.source = loop

@@ -12,6 +12,7 @@ import numpy as np
 
 from lrmult._cuts import Examples, to_hand_on
 from lrmult._errors import FeaturesError, spec
+from lrmult._marks import fingerprint, marks_of
 from lrmult._programs import (
     Equation,
     Program,
@@ -61,7 +62,8 @@ class Split:
 
     Attributes:
         features: what is handed on.
-        examples: how values hang on examples; None if that is not known.
+        examples: how values hang on examples.
+        stored_marks: what computes each of the features.
         front_params: the parameters that the front reads, by number.
         front_ops: what is done ahead.
         rest_ops: what is not.
@@ -71,8 +73,9 @@ class Split:
         program: the program. Its inputs are parameters, batch and further arguments.
         names: what to call its inputs, but for further arguments.
         params: how many of its inputs are parameters.
-        examples: how its values hang on examples, if that is known.
+        examples: how its values hang on examples.
         size: how many examples the batch has.
+        wanted: what computes the features of another program, if this is to have the same.
     """
 
     def __init__(
@@ -80,17 +83,24 @@ class Split:
         program: Program,
         names: Sequence[str],
         params: int,
-        examples: Examples | None,
+        examples: Examples,
         size: int,
+        wanted: Sequence[str] | None = None,
     ) -> None:
         self._program, self._params, self._names = program, params, names
         self._batch = range(params, len(names))
         self.examples = examples
-        stored = in_order(to_hand_on(program, examples.mixes if examples else {}))
-        stops = frozenset(stored)
+        pairs = zip(program.inputs, names, strict=False)
+        labels = {value: name for value, name in pairs if value.known or value.still}
+        marks = marks_of(program, labels, examples.twins, size)
+        if wanted is None:
+            wanted = [marks[value] for value in in_order(to_hand_on(program, examples, size))]
+        self.stored_marks = [*dict.fromkeys(wanted)]
+        self._stored = _found(self.stored_marks, marks)
+        stored = [values[0] for values in self._stored]
+        stops = frozenset().union(*self._stored)
         self.front_ops, reads = needed(program.ops, stored, frozenset(), True)
         self.rest_ops, _ = needed(program.ops, program.outputs, stops, False)
-        self._stored = stored
         self.front_params = [i for i in range(params) if program.inputs[i] in reads]
         self.gains = any(is_work(op) for op in walk(self.front_ops))
         called = dict(zip(program.inputs, names, strict=False))
@@ -98,24 +108,28 @@ class Split:
         self.front = jax.jit(self._front)
 
     def _feature(self, value: Value, names: dict[Value, str], size: int) -> Feature:
-        axes = self.examples.axes.get(value, ()) if self.examples else ()
-        axis = axes[0] if len(axes) == 1 else None
+        axes = self.examples.axes.get(value, ())
+        axis = axes[0] if len(axes) == 1 and value.shape[axes[0]] % size == 0 else None
         rows = 1 if axis is None else value.shape[axis] // size
         origin = names.get(value) or origin_of(value)
         return Feature(value.shape, value.aval.dtype, axis, rows, origin, value not in names)
 
     def mixed(self) -> Value | None:
         """A feature in which examples have come together; None if there is none."""
-        found = [v for v in self._stored if self.examples and v in self.examples.mixes]
-        return found[0] if found else None
+        for (value, *_), feature in zip(self._stored, self.features, strict=True):
+            odd = feature.axis is None and self.examples.axes.get(value)
+            if odd or value in self.examples.mixes:
+                return value
+        return None
 
     def _front(self, params: Sequence[Any], batch: Sequence[Any]) -> tuple[Any, ...]:
         inputs = self._program.inputs
         env = dict(self._program.constants)
         env |= {inputs[i]: array for i, array in zip(self.front_params, params, strict=True)}
         env |= {inputs[i]: array for i, array in zip(self._batch, batch, strict=True)}
-        run(self.front_ops, env, self._stored)
-        return tuple([env[value] for value in self._stored])
+        stored = [values[0] for values in self._stored]
+        run(self.front_ops, env, stored)
+        return tuple([env[value] for value in stored])
 
     def rest(
         self, params: Sequence[Any], features: Sequence[Any], args: Sequence[Any]
@@ -127,10 +141,13 @@ class Split:
             still = value.known and jnp.issubdtype(value.aval.dtype, jnp.inexact)
             env[value] = jax.lax.stop_gradient(array) if still else array
         env |= dict(zip(program.inputs[self._batch.stop :], args, strict=True))
-        for value, array in zip(self._stored, features, strict=True):
-            env[value] = _as_feature(array, value)
+        for values, array in zip(self._stored, features, strict=True):
+            env |= dict.fromkeys(values, _as_feature(array, values[0]))
         run(self.rest_ops, env, program.outputs)
-        return [env[value] for value in program.outputs]
+        return [
+            jnp.asarray(env[value]) if value in program.constants else env[value]
+            for value in program.outputs
+        ]
 
     def changed(self, outputs: int) -> list[int]:
         """Which of the parameters the program returns changed, behind its first outputs."""
@@ -147,21 +164,10 @@ class Split:
         return ""
 
     def mark(self) -> str:
-        """A fingerprint of what the front does, but for parameters and batch."""
-        labels: dict[Value, Any] = dict(zip(self._program.inputs, self._names, strict=False))
-        text = [
-            # Lines of a file, which may be in an origin, say nothing about what is computed.
-            str(dataclasses.replace(each, origin="" if each.is_computed else each.origin))
-            for each in self.features
-        ]
-        for op in walk(self.front_ops):
-            for value in (*op.reads, *op.makes):
-                if value not in labels and value in self._program.constants:
-                    text.append(fingerprint(jnp.asarray(self._program.constants[value])))
-                labels.setdefault(value, len(text))
-            places = [[labels[value] for value in values] for values in (op.reads, op.makes)]
-            text.append(f"{places} {op.text() if isinstance(op, Equation) else type(op)}")
-        return hashlib.blake2b("\n".join(text).encode(), digest_size=16).hexdigest()
+        """A fingerprint of what the front does, but for parameters and data: of any batch size."""
+        kept = [(str(each.dtype), each.axis, each.rows) for each in self.features]
+        text = f"{self.stored_marks} {kept}"
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def marks(self, params: Mapping[str, Any]) -> dict[str, str]:
         """A fingerprint of each parameter that the front reads, or of its frozen part, by path.
@@ -188,14 +194,23 @@ class Split:
         return front, rest
 
 
-def fingerprint(array: Any) -> str:
-    """A fingerprint of the values of an array, with its shape and dtype."""
-    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-        array = jax.random.key_data(array)
-    found = np.ascontiguousarray(array)
-    mark = hashlib.blake2b(spec(found.shape, found.dtype).encode(), digest_size=16)
-    mark.update(found.reshape(-1).view(np.uint8).data)
-    return mark.hexdigest()
+def _found(wanted: Sequence[str], marks: Mapping[Value, str]) -> list[list[Value]]:
+    """The values that have these marks: all that the same computes.
+
+    Raises:
+        FeaturesError: if there are none.
+    """
+    values: dict[str, list[Value]] = {}
+    for value in in_order(marks):
+        values.setdefault(marks[value], []).append(value)
+    if not values.keys() >= {*wanted}:
+        raise FeaturesError(
+            "loss_fn computes other things now than when it was cut, so features from there do not "
+            "fit: the model is in another mode (train() and eval() are two), a parameter has "
+            "another dtype, or it does other things at this batch size; call precompute again, "
+            "with the model, the parameters and a batch as they are used"
+        )
+    return [values[mark] for mark in wanted]
 
 
 def _as_feature(array: Any, value: Value) -> Any:

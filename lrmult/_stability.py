@@ -1,6 +1,6 @@
 """Whether what a front makes of an example will always be the same."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -9,14 +9,11 @@ import numpy as np
 
 from lrmult._cuts import Examples
 from lrmult._errors import FeaturesError
-from lrmult._programs import Equation, walk
+from lrmult._programs import RANDOM, Equation, walk
 from lrmult._splitting import Feature, Split, origin_of
-from lrmult._work import jaxprs_in
+from lrmult._work import Kind, jaxprs_in, kind_of
 
-_RANDOM = frozenset(
-    ["random_bits", "random_gamma", "rng_bit_generator", "rng_uniform", "threefry2x32"]
-)
-_ONCE = (
+ONCE = (
     "would be the same whenever the example is seen; leave it out of the batch, and pass it to "
     "loss_fn as a further argument"
 )
@@ -24,51 +21,64 @@ _HARMLESS = ("debug_callback", "debug_print")
 
 
 def check_program(split: Split) -> None:
-    """Raise if a front draws random numbers, has effects, or mixes examples.
+    """Raise if features could not be kept: those of random numbers, effects, or mixed examples.
 
     Raises:
         FeaturesError: if so.
     """
-    reason = ""
+    reason = next(filter(None, _reasons(split)), "")
+    if reason:
+        raise FeaturesError(f"features cannot be kept and used again: {reason}")
+
+
+def _reasons(split: Split) -> Iterator[str]:
     for op in walk(split.front_ops):
         if isinstance(op, Equation):
-            reason = reason or _of_equation(op, split.examples)
+            yield _of_equation(op, split.examples)
     for feature in split.features:
         if jnp.issubdtype(feature.dtype, jax.dtypes.prng_key):
-            reason = reason or f"hands on a random key ({feature.origin}), which {_ONCE}"
+            yield f"a random key ({feature.origin}) would be handed on, which {ONCE}"
     for op in walk(split.rest_ops):
-        drawn = isinstance(op, Equation) and _names_of(op) & _RANDOM
-        if drawn and any(v.known and v.of_batch for v in op.reads):
-            reason = reason or f"hands on the seed of random numbers, which {_ONCE}"
+        if isinstance(op, Equation):
+            if _names_of(op) & RANDOM and any(v.known and v.of_batch for v in op.reads):
+                yield f"the seed of random numbers would be handed on, which {ONCE}"
+            kinds = frozenset().union(*[value.kinds for value in op.reads])
+            of_both = any(v.of_params for v in op.reads) and any(v.of_batch for v in op.reads)
+            works = of_both and kind_of(op.name) == Kind.WORKS
+            if works and "random" in kinds and "trains" not in kinds:
+                cause = next(value.cause for value in op.reads if value.cause)
+                yield (
+                    f"{origin_of(op.makes[0])} does not train, but is behind random numbers, since "
+                    f"it needs {cause}; {_LEAVE_OUT}"
+                )
     value = split.mixed()
-    if value is not None and not reason:
-        mixing = split.examples.mixes[value] if split.examples else None
-        place = origin_of(mixing.makes[0]) if mixing else "a loop over examples"
-        reason = (
-            f"it mixes the examples of a batch ({place}), as batch normalization in training mode "
-            "does; have it use running averages (use_running_average=True, or model.eval())"
+    if value is not None:
+        mixing = split.examples.mixes.get(value)
+        place = origin_of(mixing.makes[0] if mixing else value)
+        yield (
+            f"the frozen part mixes the examples of a batch ({place}), so that the features of one "
+            "depend on the others, as in batch normalization in training mode "
+            "(use_running_average=True, or model.eval(), takes running averages)"
         )
-    if not split.gains and not reason:
-        reason = split.obstacle() if "a further argument" in split.obstacle() else ""
-    if reason:
-        raise FeaturesError(f"features cannot be kept and used again: the frozen part {reason}")
 
 
-def _of_equation(op: Equation, examples: Examples | None) -> str:
+_LEAVE_OUT = (
+    "have dropout and augmentation left out there (deterministic=True, or model.eval()), or apply "
+    "them behind what is frozen"
+)
+
+
+def _of_equation(op: Equation, examples: Examples) -> str:
     names = _names_of(op)
     place = origin_of(op.makes[0]) if op.makes else op.name
-    if names & _RANDOM:
-        # Constants, such as random projections, are drawn anew each time, and are the same.
-        same = examples is not None and examples.sized.isdisjoint(op.makes)
+    if names & RANDOM:
         if any(value.of_batch for value in op.reads):
-            return f"draws random numbers from a seed in the batch ({place}), which {_ONCE}"
-        if not (same and all(value.given for value in op.makes)):
-            return (
-                f"draws random numbers ({place}), for dropout or augmentation; have it leave them "
-                "out (deterministic=True, or model.eval()), or apply them behind what is frozen"
-            )
+            return f"the frozen part draws random numbers from a seed in the batch, which {ONCE}"
+        # Constants, such as random projections, are drawn anew each time, and are the same.
+        if any(value.of_params for value in op.reads) or not examples.sized.isdisjoint(op.makes):
+            return f"the frozen part draws random numbers ({place}); {_LEAVE_OUT}"
     if op.eqn.effects and not names & set(_HARMLESS):
-        return f"has an effect on the host ({place}), which would happen only once"
+        return f"the frozen part has an effect on the host ({place}), which would happen only once"
     return ""
 
 
@@ -86,24 +96,26 @@ def _names_in(eqn: Any) -> Iterator[str]:
 
 
 def check_trial(
-    features: tuple[Feature, ...], before: tuple[Any, ...], after: tuple[Any, ...]
+    features: tuple[Feature, ...], runs: Sequence[tuple[Sequence[int], tuple[Any, ...]]]
 ) -> None:
     """Raise if features of examples are others among other examples, or in other places.
 
     Args:
         features: what is known of each of them.
-        before: those of a batch.
-        after: those of the batch that `moved` makes of it.
+        runs: for two batches, the numbers of their examples, and their features.
 
     Raises:
         FeaturesError: if so.
     """
-    for feature, one, two in zip(features, before, after, strict=True):
+    (first, one), (second, two) = runs
+    places = {number: place for place, number in enumerate(first)}
+    both = [(places[number], place) for place, number in enumerate(second) if number in places]
+    for feature, before, after in zip(features, one, two, strict=True):
+        before, after = np.asarray(before), np.asarray(after)
         if feature.axis is not None:
-            one, two = by_example(one, feature), by_example(two, feature)
-            half = len(one) // 2
-            one, two = one[:half], two[1 : half + 1]
-        if not _are_alike(np.asarray(one), np.asarray(two)):
+            before, after = by_example(before, feature), by_example(after, feature)
+            before, after = before[[i for i, _ in both]], after[[i for _, i in both]]
+        if not _are_alike(before, after):
             raise FeaturesError(
                 f"the features of an example ({feature.origin}) hang on its place in the batch or "
                 "on the other examples, as a trial shows, and would not stay what they are; have "
@@ -111,10 +123,17 @@ def check_trial(
             )
 
 
-def moved(size: int) -> Any:
-    """Numbers of examples of a batch: the first half one place later, and others elsewhere."""
-    half = size // 2
-    return np.concatenate([[half], np.arange(half), np.full(size - half - 1, half)]).astype(int)
+def trial_batches(size: int, count: int) -> tuple[Any, Any]:
+    """Numbers of examples of two batches. Those in both are in other places and other company."""
+    draw = np.random.default_rng(0)
+    spread = np.unique(np.linspace(0, count - 1, 2 * size).astype(int))
+    one = np.resize(draw.permutation(spread), size)
+    shared = draw.permutation(one[: (size + 1) // 2])
+    others = np.setdiff1d(spread, one)
+    left = size - len(shared)
+    fill = draw.permutation(others)[:left] if len(others) else shared
+    two = draw.permutation(np.concatenate([shared, np.resize(fill, left)]))
+    return one, two
 
 
 def by_example(array: Any, feature: Feature) -> Any:
@@ -124,10 +143,18 @@ def by_example(array: Any, feature: Feature) -> Any:
 
 
 def _are_alike(one: Any, two: Any) -> bool:
+    """Whether features are the same but for roundings, beside the largest of each example."""
+    if not one.size:
+        return True
     if not jnp.issubdtype(one.dtype, jnp.inexact):
-        return bool((one == two).mean() > 0.99) if one.size else True
-    exact = one.dtype.itemsize > 2
+        differ = one != two
+        steps = np.abs(one.astype(float) - two.astype(float))
+        return not differ.any() or bool(differ.mean() < 0.01 and steps.max() <= 1)
+    close = {1: 0.3, 2: 0.02, 4: 1e-4}.get(one.dtype.itemsize, 1e-7)
     one, two = (each.astype(complex if np.iscomplexobj(each) else float) for each in (one, two))
-    largest = np.nanmax(np.abs(one), initial=0.0)
-    near = np.isclose(one, two, rtol=0, atol=(1e-3 if exact else 0.05) * largest, equal_nan=True)
-    return bool(near.all())
+    axes = tuple(range(1, one.ndim))
+    finite = np.where(np.isfinite(one), np.abs(one), 0)
+    largest = finite.max(axis=axes, keepdims=True, initial=0)
+    with np.errstate(invalid="ignore"):
+        near = (np.abs(one - two) <= close * largest) | (one == two)
+    return bool((near | (np.isnan(one) & np.isnan(two))).all())

@@ -19,6 +19,7 @@ from flax import nnx
 from sklearn.datasets import load_digits
 
 import lrmult as lm
+from lrmult import _feature_files
 
 KEY = jax.random.key(0)
 COUNT = 50
@@ -225,10 +226,14 @@ def test_modules_in_training_mode_are_refused():
         return lm.CachedFeatures(ahead, model, {"x": normal(20, 4)}, progress=False)
 
     model = Net(nnx.Rngs(0))
-    with pytest.raises(lm.FeaturesError, match=r"draws random numbers .*deterministic=True"):
+    with pytest.raises(
+        lm.FeaturesError, match=r"does not train, but is behind random numbers.*deterministic=True"
+    ):
         make(model)
     model.dropout.deterministic = True
-    with pytest.raises(lm.FeaturesError, match=r"mixes the examples .*as batch normalization in"):
+    with pytest.raises(
+        lm.FeaturesError, match=r"mixes the examples .*as in batch normalization in"
+    ):
         make(model)
     model.eval()
     assert len(make(model)) == 20
@@ -256,7 +261,7 @@ def of_batch_key(params, batch):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (dropout, r"draws random numbers \(.*for dropout or augmentation"),
+        (dropout, r"draws random numbers \(.*have dropout and augmentation left out"),
         (lambda x: (x - x.mean(0)) / x.std(0), r"mixes the examples of a batch \(reduce_sum"),
         (lambda x: jax.nn.softmax(x @ x.T) @ x, r"mixes the examples of a batch \(dot_general"),
         (lambda x: jnp.cumsum(x, 0), r"mixes the examples of a batch \(cumsum"),
@@ -272,6 +277,13 @@ def of_batch_key(params, batch):
             lambda x: jax.experimental.io_callback(lambda y: y, jax.typeof(x), x),
             "has an effect on the host",
         ),
+        (
+            lambda x: jax.lax.scan(lambda c, r: (0.5 * c + r, 0.5 * c + r), x[0], x)[1],
+            "mixes the examples",
+        ),
+        (lambda x: jnp.fft.fft(x, axis=0).real, "mixes the examples|hang on its place"),
+        (lambda x: jnp.sort(x) / len(x), "mixes the examples"),  # other numbers in other batches
+        (lambda x: jnp.maximum(x, 1.0 * (x.max() > 3)), "mixes the examples"),
     ],
 )
 def test_features_that_would_not_stay_are_refused(change, match):
@@ -313,6 +325,62 @@ def test_constants_may_be_random():
         return jnp.cos(x @ jax.random.normal(jax.random.key(1), (4, 4)))
 
     assert len(cached(function=middle(project))) == COUNT
+
+
+def test_dropout_in_the_head_is_no_obstacle():
+    class Headed(nnx.Module):
+        def __init__(self, rngs):
+            self.trunk = nnx.Linear(4, 4, rngs=rngs)
+            self.dropout = nnx.Dropout(0.5, rngs=rngs)
+            self.head = nnx.Linear(4, 2, rngs=rngs)
+
+        def __call__(self, x):
+            return self.head(self.dropout(jnp.tanh(self.trunk(x))))
+
+    model = Headed(nnx.Rngs(0))
+    ahead = lm.precompute(of_net, model, [("head", 1), (..., None)], {"x": normal(8, 4)})
+    kept = lm.CachedFeatures(ahead, model, {"x": normal(20, 4)}, progress=False)
+    one, two = (float(ahead.rest(model, kept[:8])) for _ in range(2))
+    assert one != two
+
+
+def test_a_choice_by_the_batch():
+    """The branch is chosen by a mean over the batch, so what a branch computes is no feature."""
+
+    def loss_fn(params, batch):
+        one, other = (lambda x, name=name: jnp.tanh(x @ params[name]) for name in "wu")
+        x = jax.lax.cond(batch["y"].mean() > 20, one, other, batch["x"])
+        return (x @ params["v"]).sum()
+
+    ahead = split(loss_fn, [("{w,u}", None)])
+    try:
+        kept = cached(ahead, params(), data())
+    except lm.FeaturesError:
+        return
+    for numbers in (slice(0, 8), slice(40, 48)):
+        batch = jax.tree.map(lambda array, numbers=numbers: array[numbers], data())
+        value = loss_fn(params(), batch)
+        np.testing.assert_allclose(ahead.rest(params(), kept[numbers]), value, rtol=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_views_and_micro_batches(count):
+    """Where rows of examples are interleaved, the cut is where they are not."""
+
+    def loss_fn(params, batch):
+        both = jnp.concatenate([batch["x"], 2 * batch["x"]])  # two views
+        one, two = jnp.split(jnp.tanh(both @ params["w"]), 2)
+        parts = jnp.tanh(batch["x"] @ params["w"]).reshape(-1, 1, 4)
+        _, ys = jax.lax.scan(lambda c, x: (c, jnp.sin(x @ params["u"])), 0.0, parts)
+        return ((one - two) @ params["u"]).sum() + ys.sum() + batch["y"].sum()
+
+    batch = jax.tree.map(lambda array: array[:8], data())
+    ahead = split(loss_fn, batch=batch)
+    kept = cached(ahead, params(), data(), batch_size=count)
+    numbers = [4, 30, 2, 9]
+    batch = jax.tree.map(lambda array: array[np.array(numbers)], data())
+    value = loss_fn(params(), batch)
+    np.testing.assert_allclose(ahead.rest(params(), kept[numbers]), value, rtol=1e-4)
 
 
 def test_each_example_may_be_a_loop():
@@ -397,7 +465,7 @@ class Stops:
 
     def __getitem__(self, index):
         start = index[0].start
-        if self.at is not None and start >= self.at and len(self.reads) > 10:
+        if self.at is not None and start >= self.at and len(self.reads) > 17:  # a look at all
             raise KeyboardInterrupt
         self.reads.append(start)
         return self.array[index]
@@ -412,8 +480,7 @@ def test_a_stop_half_way(tmp_path):
     assert 0 < done < 32
     goes_on = {**whole, "x": Stops(whole["x"], None)}
     kept = cached(split(), params(), goes_on, path=tmp_path / "f")
-    hashed, tried = [*range(0, 56, 8)], [0, 0]
-    assert goes_on["x"].reads == tried + hashed + [*range(done, 50, 8)]
+    assert goes_on["x"].reads[16:] == [0, *range(done, 50, 8)]  # after a trial, and a look at all
     for one, two in zip(kept[:], cached()[:], strict=True):
         np.testing.assert_array_equal(one, two)
 
@@ -424,6 +491,7 @@ KILLED = """
     sys.path.insert(0, {root!r})
     from tests import test_features as here
     import lrmult as lm
+from lrmult import _feature_files
 
     class Slow(here.Stops):
         def __getitem__(self, index):
@@ -525,6 +593,98 @@ def lost(path):
 
 def no_note(path):
     (path / "features.json").unlink()
+
+
+@pytest.mark.parametrize("size", [4, 16])
+def test_files_are_found_with_other_batch_sizes(size, tmp_path):
+    kept = cached(path=tmp_path / "f")
+    batch = jax.tree.map(lambda array: array[:size], data())
+    again = cached(split(batch=batch), params(), data(), path=tmp_path / "f", batch_size=size)
+    np.testing.assert_array_equal(again[:][0], kept[:][0])
+
+
+@pytest.mark.parametrize("loop", ["scan", "fori", "switch"])
+def test_constants_within_loops_are_part_of_the_front(loop, tmp_path):
+    def using(constant):
+        inner = jax.jit(lambda x: jnp.tanh(x @ constant))
+
+        def change(x):
+            if loop == "scan":
+                return jax.lax.scan(lambda c, _: (inner(c), None), x, None, length=2)[0]
+            if loop == "fori":
+                return jax.lax.fori_loop(0, 2, lambda _, c: inner(c), x)
+            return jax.lax.switch(1, [jnp.sin, inner], x)
+
+        return split(middle(change))
+
+    one, two = normal(4, 4, seed=7), normal(4, 4, seed=8)
+    cached(using(one), params(), data(), path=tmp_path / "f")
+    cached(using(one), params(), data(), path=tmp_path / "f")
+    with pytest.raises(lm.FeaturesError, match="another frozen part"):
+        cached(using(two), params(), data(), path=tmp_path / "f")
+
+
+def test_complete_files_are_only_read(tmp_path):
+    path = tmp_path / "f"
+    cached(path=path)
+    before = {file: file.stat().st_mtime_ns for file in path.iterdir()}
+    kept = cached(path=path)
+    assert not kept._arrays[0].flags.writeable
+    assert {file: file.stat().st_mtime_ns for file in path.iterdir()} == before
+
+
+def test_a_process_that_starts_in_between(tmp_path, monkeypatch):
+    """One that found no files yet does not clear those that another has filled since."""
+    path = tmp_path / "f"
+    make_room = _feature_files.FeatureFiles._make_room
+
+    def meanwhile(self, size):
+        monkeypatch.undo()
+        make_room(self, size)
+        cached(path=path)
+
+    monkeypatch.setattr(_feature_files.FeatureFiles, "_make_room", meanwhile)
+    found = cached(path=path)
+    np.testing.assert_array_equal(found[:][0], cached()[:][0])
+
+
+def test_stopped_before_the_first_array(tmp_path):
+    path = tmp_path / "f"
+    cached(path=path)
+    note = json.loads((path / "features.json").read_text())
+    (path / "features.json").write_text(json.dumps(note | {"done": 0}))
+    (path / "1.npy").unlink()
+    np.testing.assert_array_equal(cached(path=path)[:][1], cached()[:][1])
+
+
+def test_numbers_that_a_dtype_cannot_hold():
+    def small(params, batch):
+        return ((batch["x"] @ params["w"] * 1e-9) @ params["u"]).sum()
+
+    with pytest.raises(lm.FeaturesError, match="would become zero in float16"):
+        cached(function=small, dtype=jnp.float16)
+    for size in (0, -4):
+        with pytest.raises(lm.FeaturesError, match="one example at least"):
+            cached(batch_size=size)
+    assert len(list(cached(split(), params(), data(1)).batches(8))) == 1
+
+
+def test_a_number_among_the_parameters():
+    some = {**params(), "gain": 2.0}
+
+    def loss_fn(params, batch):
+        x = jnp.cumsum(jnp.tanh(batch["x"] @ params["w"]) * params["gain"], 1)
+        return (x @ params["u"]).sum()
+
+    batch = {"x": normal(8, 4)}
+    for rules in (RULES, [("{w,gain}", None)]):
+        ahead = lm.precompute(loss_fn, some, rules, batch)
+        features = ahead.front(some, batch)
+        for rest in (ahead.rest, jax.jit(ahead.rest)):
+            np.testing.assert_allclose(rest(some, features), loss_fn(some, batch), rtol=1e-5)
+    kept = lm.CachedFeatures(ahead, some, {"x": normal(COUNT, 4)}, progress=False)
+    with pytest.raises(lm.FeaturesError, match="'gain' changed"):
+        kept.check({**some, "gain": 3.0})
 
 
 @pytest.mark.parametrize("damage", [damage_note, damage_array, shorten, other_array, lost, no_note])

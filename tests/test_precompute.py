@@ -234,6 +234,80 @@ def test_an_nnx_module_which_changes():
     assert abs(two.head_norm.mean[...] - model.head_norm.mean[...]).max() > 0
 
 
+def test_a_module_in_another_mode():
+    """Features are never taken for what another program computes at that place."""
+    model = NNXModel(nnx.Rngs(0), train=True)
+    model.eval()
+    rules = [("head", 1), ("head_norm", 1), (..., None)]
+    split = lm.precompute(of_nnx, model, rules, images())
+    features = split.front(model, images())
+    model.norm.use_running_average = False
+    with pytest.raises(lm.FeaturesError, match=r"another mode \(train\(\) and eval\(\) are two"):
+        split.rest(model, features)
+
+
+def test_parameters_of_another_dtype():
+    def loss_fn(params, batch):
+        return (jnp.square(batch.astype(params["w"].dtype) @ params["w"]) @ params["u"]).sum()
+
+    params = square_params("wu")
+    split = lm.precompute(loss_fn, params, [("w", None)], normal(5, 4))
+    narrow = jax.tree.map(lambda array: array.astype(jnp.bfloat16), params)
+    with pytest.raises(lm.FeaturesError, match="a parameter has another dtype"):
+        split.rest(narrow, split.front(params, normal(5, 4)))
+
+
+def test_weak_types_are_kept():
+    def loss_fn(params, batch, factor):
+        x = (batch["x"] @ params["w"]) * batch["scale"]
+        x, _ = jax.lax.scan(lambda c, _: (c * params["gain"], None), x, None, length=2)
+        return (x @ params["u"]).sum() * factor
+
+    params = jax.tree.map(lambda array: array.astype(jnp.bfloat16), square_params("wu"))
+    params["gain"] = jnp.asarray(2.0)
+    batch = {"x": normal(5, 4).astype(jnp.bfloat16), "scale": 0.5}
+    split = lm.precompute(loss_fn, params, [("w", None)], batch, 0.25)
+    value = split.rest(params, split.front(params, batch), 0.25)
+    assert value.dtype == loss_fn(params, batch, 0.25).dtype == jnp.bfloat16
+    np.testing.assert_allclose(value, loss_fn(params, batch, 0.25), rtol=1e-2)
+
+
+def test_each_region_is_computed_again_by_itself():
+    params = {f"w{i}": normal(4, 4, seed=i) for i in range(4)}
+
+    def loss_fn(params, batch):
+        x = batch["x"]
+        for name in sorted(params):
+            block = jax.checkpoint(lambda x, w: jnp.tanh(x @ w * batch["mask"][:, None]))
+            x = block(x, params[name])
+        return x.sum()
+
+    batch = {"x": normal(5, 4), "mask": jnp.ones(5)}
+    split = check(loss_fn, params, [("w0", None)], batch)
+    jaxpr = jax.make_jaxpr(split.rest)(params, split.front(params, batch))
+    names = [eqn.primitive.name for eqn in jaxpr.eqns]
+    assert sum(name in ("checkpoint", "remat", "remat2") for name in names) == 3
+
+
+def test_the_cut_is_the_same_at_all_sizes():
+    """What is the same for all examples weighs more in a small batch, but the cut stays."""
+    params = square_params("wuv") | {"v": normal(128, 2)}
+
+    def loss_fn(params, batch):
+        x = batch @ params["w"]
+        table = jnp.tanh(params["u"] @ params["w"] @ params["u"])
+        far = jnp.abs(x[:, None] - jnp.tile(table, (32, 1))).sum(-1)
+        return (far @ params["v"]).sum()
+
+    split = lm.precompute(loss_fn, params, [("v", 1), (..., None)], normal(64, 4))
+    for count in (64, 2):
+        features = split.front(params, normal(count, 4))
+        value = loss_fn(params, normal(count, 4))
+        np.testing.assert_allclose(split.rest(params, features), value, rtol=1e-4)
+        shapes = [each.shape_of(count) for each in split.features]
+        assert [each.shape for each in features] == shapes
+
+
 def test_an_nnx_state():
     graphdef, state = nnx.split(NNXModel(nnx.Rngs(0)))
     trained, others = nnx.split_state(state, nnx.Param, ...)
@@ -776,3 +850,11 @@ def test_any_program(data):
         )
         if masks[name] is True:
             assert not found[name].any()
+    whole = np.asarray(normal(11, WIDTH, seed=6))
+    try:
+        kept = lm.CachedFeatures(split, params, whole, batch_size=3, progress=False)
+    except lm.FeaturesError:
+        return
+    for numbers in ([7, 0, 10, 3], [1, 2, 5, 4]):
+        value = split.rest(params, kept[numbers])
+        np.testing.assert_allclose(value, loss_fn(params, whole[numbers]), rtol=1e-3, atol=1e-4)

@@ -58,6 +58,7 @@ ORDER = (
     "_edit",
     "_work",
     "_programs",
+    "_marks",
     "_cuts",
     "_splitting",
     "_arguments",
