@@ -1,0 +1,118 @@
+"""All benchmarks, one after the other, each in a process of its own.
+
+    python -m benchmarks [--quick] [--only NAME ...] [--output results]
+
+What each prints is shown, and kept in a Markdown file, and its figures in a JSON file, both with
+the machine and the versions. ``--quick`` takes under two minutes on a quiet machine, and leaves out
+those that take longer. Exits with 1 if a bound is missed.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any, NamedTuple
+
+import jax
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+class Benchmark(NamedTuple):
+    """A module, what to pass it for a quick look (None: it takes too long), and if it has JSON."""
+
+    module: str
+    quick: tuple[str, ...] | None
+    has_json: bool = True
+
+
+BENCHMARKS = [
+    Benchmark("updates", ("--quick", "--pairs", "7")),
+    Benchmark("compile_rules", ("--pairs", "3", "--quick")),
+    Benchmark("parts", None, has_json=False),
+    Benchmark("freezing", ("--only", "head", "--variants", "step", "--pairs", "5")),
+    Benchmark("precompute", ("--only", "linear layers", "--pairs", "3")),
+    Benchmark("bandwidth", ("--elements", "4_000_000", "--pairs", "5")),
+    Benchmark("explain", None),
+    Benchmark("import_time", ("--runs", "3"), has_json=False),
+]
+PACKAGES = "jax", "jaxlib", "optax", "flax", "numpy", "lrmult"
+
+
+def machine() -> dict[str, Any]:
+    """What is measured on."""
+    return {
+        "device": jax.devices()[0].device_kind,
+        "backend": jax.default_backend(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
+def run(benchmark: Benchmark, quick: bool) -> dict[str, Any]:
+    """What a benchmark prints, its figures, and whether its bounds hold."""
+    with tempfile.TemporaryDirectory() as folder:
+        figures = pathlib.Path(folder, "figures.json")
+        command = [sys.executable, "-m", f"benchmarks.{benchmark.module}"]
+        command += benchmark.quick or () if quick else ()
+        command += ["--json", str(figures)] if benchmark.has_json else []
+        start = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+        return {
+            "seconds": round(time.perf_counter() - start, 1),
+            "holds": done.returncode == 0,
+            "printed": done.stdout + (done.stderr if done.returncode else ""),
+            "figures": json.loads(figures.read_text()) if figures.exists() else None,
+        }
+
+
+def markdown(about: dict[str, Any], results: dict[str, Any]) -> str:
+    """All that was printed, on one page."""
+    facts = "\n".join(f"| {name} | {value} |" for name, value in about.items())
+    verdicts = "\n".join(
+        f"| [{name}](#{name}) | {'yes' if each['holds'] else '**no**'} | {each['seconds']} |"
+        for name, each in results.items()
+    )
+    pages = "\n".join(
+        f"## {name}\n\n```\n{each['printed'].rstrip()}\n```\n" for name, each in results.items()
+    )
+    return (
+        f"# What was measured\n\n| | |\n| --- | --- |\n{facts}\n\n"
+        f"| benchmark | bounds hold | seconds |\n| --- | --- | --- |\n{verdicts}\n\n{pages}"
+    )
+
+
+def main() -> int:
+    """Run, print, and keep."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    names = [each.module for each in BENCHMARKS]
+    parser.add_argument("--quick", action="store_true", help="under two minutes")
+    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument("--output", default="results", help="NAME.md and NAME.json (%(default)s)")
+    options = parser.parse_args()
+    about, results = machine(), {}
+    for benchmark in BENCHMARKS:
+        if benchmark.module in (options.only or names):
+            if options.quick and benchmark.quick is None:
+                continue
+            results[benchmark.module] = found = run(benchmark, options.quick)
+            print(f"== {benchmark.module} ({found['seconds']} s)\n{found['printed']}", flush=True)
+    output = pathlib.Path(options.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.with_suffix(".md").write_text(markdown(about, results))
+    output.with_suffix(".json").write_text(json.dumps({**about, "results": results}, indent=1))
+    failed = [name for name, found in results.items() if not found["holds"]]
+    print(f"bounds missed in: {', '.join(failed)}" if failed else "all bounds hold")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
