@@ -78,14 +78,14 @@ class Automaton:
         return states | (states & self.any_depth) << 1
 
     def expecting(self, names: Iterable[str]) -> dict[str, int]:
-        """For each name, the states that wait for that name, with a position or without."""
-        vocabulary = _Vocabulary(names)
-        expecting = dict.fromkeys(vocabulary.names, 0)
-        for name in self._literals.keys() & expecting.keys():
-            expecting[name] = self._literals[name]
-        for glob, states in self._globs.items():
-            for name in vocabulary.matching(glob):
-                expecting[name] |= states
+        """The states that wait for each of some names, with a position or without, if any do."""
+        distinct = set(names)
+        expecting = {name: self._literals[name] for name in self._literals.keys() & distinct}
+        if self._globs:
+            vocabulary = _Vocabulary(distinct)
+            for glob, states in self._globs.items():
+                for name in vocabulary.matching(glob):
+                    expecting[name] = expecting.get(name, 0) | states
         return expecting
 
 

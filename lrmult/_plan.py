@@ -12,11 +12,12 @@ import optax
 
 from lrmult._checks import check
 from lrmult._claims import Matched, Pieces
+from lrmult._levels import PyTree
 from lrmult._libraries import is_nnx_module
 from lrmult._matching import match
 from lrmult._multipliers import Multiplier
 from lrmult._parts import Values, frozen_of, values_of
-from lrmult._paths import ParamTree, PyTree, shape_and_dtype
+from lrmult._paths import ParamTree, shape_and_dtype
 from lrmult._rules import Rules, RulesLike, show_rule
 from lrmult._scaling import Scales, is_frozen, scales_of
 from lrmult._structure import Structure, read_structure

@@ -17,6 +17,7 @@ ORDER = (
     "_regions",
     "_layouts",
     "_libraries",
+    "_levels",
     "_paths",
     "_modules",
     "_of_type",
