@@ -5,9 +5,10 @@ bits of one Python int (the Shift-And method of Baeza-Yates and Gonnet, 1992). M
 segment costs a few operations on such ints, whatever the number of rules.
 """
 
-import bisect
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
 
 from lrmult._patterns import At, Glob, Indexed, Names, Pattern, Position, Step
 from lrmult._targets import Selector
@@ -81,42 +82,59 @@ class Automaton:
         """The states that wait for each of some names, with a position or without, if any do."""
         distinct = set(names)
         expecting = {name: self._literals[name] for name in self._literals.keys() & distinct}
-        if self._globs:
-            vocabulary = _Vocabulary(distinct)
-            for glob, states in self._globs.items():
-                for name in vocabulary.matching(glob):
-                    expecting[name] = expecting.get(name, 0) | states
+        for glob, name in _candidates(self._globs, [*distinct]):
+            if glob.match(name):
+                expecting[name] = expecting.get(name, 0) | self._globs[glob]
         return expecting
 
 
-class _Vocabulary:
-    """The distinct names of a tree, in order and as one text, so that a glob is tried on few."""
+_LONGEST = 4  # of the pieces of text by which names are found
+_BUCKETS = 1 << 16
 
-    def __init__(self, names: Iterable[str]) -> None:
-        self.names = sorted(set(names))
-        self._text = "\0".join(["", *self.names, ""])
-        lengths = (len(name) + 1 for name in self.names)
-        self._starts = list(itertools.accumulate(lengths, initial=0))
 
-    def matching(self, glob: Glob) -> Iterator[str]:
-        """The names that match a glob."""
-        return filter(glob.match, self._candidates(glob))
+def _candidates(globs: Iterable[Glob], names: Sequence[str]) -> Iterator[tuple[Glob, str]]:
+    """Globs with names that they may match, each pair once: all that do match, and few others.
 
-    def _candidates(self, glob: Glob) -> Iterator[str]:
-        first, *_, last = glob.parts
-        longest = max(glob.parts, key=len)
-        if first or not longest:
-            start = bisect.bisect_left(self.names, first)
-            yield from itertools.takewhile(
-                lambda name: name.startswith(first), itertools.islice(self.names, start, None)
-            )
-            return
-        needle = f"{last}\0" if last else longest
-        if "\0" in longest:  # a name might hold the separator itself
-            yield from self.names
-            return
-        at = self._text.find(needle)
-        while at >= 0:
-            index = bisect.bisect_right(self._starts, at) - 1
-            yield self.names[index]
-            at = self._text.find(needle, self._starts[index + 1])
+    Of the longest fixed text of each glob, that piece is looked up which is rarest in the names.
+    All pieces of one length are found in one pass over all names (as Rabin and Karp, 1987, search
+    for several texts at once).
+    """
+    texts: dict[int, dict[Glob, str]] = {}  # by the length of a piece
+    for glob in globs:
+        first, *middle, last = glob.parts
+        ends = (f"\0{first}" if first else "", f"{last}\0" if last else "")
+        text = max(*ends, *middle, key=len)
+        if text:
+            texts.setdefault(min(len(text), _LONGEST), {})[glob] = text
+        else:
+            yield from ((glob, name) for name in names)
+    if not texts:
+        return
+    letters = _letters("\0".join(["", *names, ""]))
+    starts = np.cumsum([0, *(len(name) + 1 for name in names)])
+    for length, group in texts.items():
+        hashes = _hashes(letters, length)
+        counts = np.bincount(hashes, minlength=_BUCKETS)
+        wanted: dict[int, list[Glob]] = {}
+        for glob, text in group.items():
+            own = _hashes(_letters(text), length)
+            wanted.setdefault(int(own[counts[own].argmin()]), []).append(glob)
+        is_wanted = np.zeros(_BUCKETS, np.bool_)
+        is_wanted[[*wanted]] = True
+        places = np.flatnonzero(is_wanted[hashes])
+        owners = np.searchsorted(starts, places, side="right") - 1
+        for piece, owner in {*zip(hashes[places].tolist(), owners.tolist(), strict=True)}:
+            if owner < len(names):  # the last piece may begin at the end of all
+                yield from ((glob, names[owner]) for glob in wanted[piece])
+
+
+def _letters(text: str) -> Any:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+
+
+def _hashes(letters: Any, length: int) -> Any:
+    """A number below `_BUCKETS` for each piece of a text."""
+    found = np.zeros(max(len(letters) - length + 1, 0), np.uint32)
+    for first in range(length):
+        found = found * 0x9E3779B1 + letters[first : first + len(found)]
+    return found * 0x9E3779B1 >> 16

@@ -87,7 +87,7 @@ def _of_box(value: Any) -> Level:
     # Only the attribute of a box is dropped: attention has a real layer called "value".
     owned = [isinstance(key, GetAttrKey) and key.name == "value" for key in keys]
     names = [None if own else _name_of(key) for key, own in zip(keys, owned, strict=True)]
-    return names, held, False, not any(owned)
+    return names, held, False, not any(owned) and any(type(key) is GetAttrKey for key in keys)
 
 
 def _one_level(value: Any) -> tuple[list[Any], list[Any]]:

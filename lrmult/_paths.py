@@ -6,7 +6,7 @@
 import collections
 import functools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,8 @@ from lrmult._errors import RuleError, shorten, spec
 from lrmult._levels import PyTree, Reading, entries, read, segments_of
 from lrmult._libraries import loaded_equinox
 from lrmult._patterns import escape
+
+Flat: TypeAlias = tuple[Sequence[Any], Any]  # the leaves of a tree, and its structure
 
 
 class ParamTree:
@@ -43,8 +45,9 @@ class ParamTree:
         is_read: whether facts were read from a model, not only given by hand.
     """
 
-    def __init__(self, params: PyTree) -> None:
-        self.treedef: Any = None
+    def __init__(self, params: PyTree, flat: Flat | None = None) -> None:
+        """Read a tree; `flat` is what `jax.tree.flatten` made of it, where that is at hand."""
+        leaves, self.treedef = flat or jax.tree.flatten(params)
         self.names: list[str] = [""]
         self.parents: list[int] = [0]
         self.holes: set[int] = set()
@@ -59,12 +62,10 @@ class ParamTree:
         self.slices: dict[int, dict[int, dict[int, int]]] = {}
         self._stacked: set[int] = set()  # the nodes that stand for layers
         self._children: list[dict[str, int]] | None = None
-        self._read(params)
+        self._read(params, leaves)
         self._size = len(self.names)
 
-    def _read(self, params: PyTree) -> None:
-        """Fill the lists."""
-        leaves, self.treedef = jax.tree.flatten(params)
+    def _read(self, params: PyTree, leaves: Sequence[Any]) -> None:
         reading = read(params)
         self.names, self.parents = reading.names, reading.parents
         ends: Sequence[int] = reading.leaves
