@@ -102,8 +102,8 @@ def _candidates(globs: Iterable[Glob], names: Sequence[str]) -> Iterator[tuple[G
     texts: dict[int, dict[Glob, str]] = {}  # by the length of a piece
     for glob in globs:
         first, *middle, last = glob.parts
-        ends = (f"\0{first}" if first else "", f"{last}\0" if last else "")
-        text = max(*ends, *middle, key=len)
+        outer = (f"\0{first}" if first else "", f"{last}\0" if last else "")
+        text = max(*outer, *middle, key=len)
         if text:
             texts.setdefault(min(len(text), _LONGEST), {})[glob] = text
         else:
@@ -111,19 +111,22 @@ def _candidates(globs: Iterable[Glob], names: Sequence[str]) -> Iterator[tuple[G
     if not texts:
         return
     letters = _letters("\0".join(["", *names, ""]))
-    starts = np.cumsum([0, *(len(name) + 1 for name in names)])
+    ends = np.cumsum(np.fromiter(map(len, names), int, len(names)) + 1)
     for length, group in texts.items():
         hashes = _hashes(letters, length)
         counts = np.bincount(hashes, minlength=_BUCKETS)
         wanted: dict[int, list[Glob]] = {}
+        own, at = _hashes(_letters("".join(group.values())), length), 0
         for glob, text in group.items():
-            own = _hashes(_letters(text), length)
-            wanted.setdefault(int(own[counts[own].argmin()]), []).append(glob)
+            rarest = at + counts[own[at : at + len(text) - length + 1]].argmin()
+            wanted.setdefault(int(own[rarest]), []).append(glob)
+            at += len(text)
         is_wanted = np.zeros(_BUCKETS, np.bool_)
         is_wanted[[*wanted]] = True
         places = np.flatnonzero(is_wanted[hashes])
-        owners = np.searchsorted(starts, places, side="right") - 1
-        for piece, owner in {*zip(hashes[places].tolist(), owners.tolist(), strict=True)}:
+        owners = np.searchsorted(ends, places, side="right")
+        found = zip(hashes[places].tolist(), owners.tolist(), strict=True)
+        for piece, owner in dict.fromkeys(found):
             if owner < len(names):  # the last piece may begin at the end of all
                 yield from ((glob, names[owner]) for glob in wanted[piece])
 
