@@ -5,7 +5,9 @@ Nothing else in the package looks at the keys of JAX.
 
 import dataclasses
 import enum
+import functools
 import itertools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeAlias
 
@@ -43,6 +45,7 @@ class Levels(dict[type, End | Callable[[Any], Level]]):
     def __init__(self) -> None:
         super().__init__({dict: _of_dict, list: _of_sequence, tuple: _of_sequence})
         self._boxes = box_types()
+        self._sealed: dict[type, bool] = {}  # whether boxes of a class hold nothing but a value
 
     def learn(self, value: Any) -> End | Callable[[Any], Level]:
         """Tell how values of a class are read from the first of them."""
@@ -58,6 +61,18 @@ class Levels(dict[type, End | Callable[[Any], Level]]):
         """What a value holds; None if it is no container."""
         way = self.get(type(value)) or self.learn(value)
         return None if isinstance(way, End) else way(value)
+
+    def unbox(self, value: Any) -> tuple[End | Callable[[Any], Level], Any]:
+        """What is in a box that holds nothing but a value, and how that is read."""
+        while (way := self.get(type(value)) or self.learn(value)) is _of_box:
+            kind = type(value)
+            if kind not in self._sealed:
+                self._sealed[kind] = _of_box(value)[0] == [None]
+            if not self._sealed[kind]:
+                break
+            # Without its keys, which take most of the time and are those of the first of its class.
+            [value] = jax.tree.leaves(value, is_leaf=functools.partial(operator.is_not, value))
+        return way, value
 
 
 def _of_dict(value: dict[Any, Any]) -> Level:
@@ -91,7 +106,8 @@ def _of_box(value: Any) -> Level:
 
 
 def _one_level(value: Any) -> tuple[list[Any], list[Any]]:
-    found, _ = jax.tree_util.tree_flatten_with_path(value, is_leaf=lambda node: node is not value)
+    is_below = functools.partial(operator.is_not, value)
+    found, _ = jax.tree_util.tree_flatten_with_path(value, is_leaf=is_below)
     return [key for (key,), _ in found], [child for _, child in found]
 
 
@@ -121,21 +137,20 @@ class Reading:
     Attributes:
         names: per value, its name, as in a `Level`; that of the whole tree is empty.
         parents: per value, the container that holds it; 0 for the whole tree, which is number 0.
-        leaves: the leaves, in the order of JAX.
+        ends: the leaves and the holes, in the order of JAX.
         holes: the holes.
         cut: those of them where a whole subtree may have been cut out. A ``None`` in the field of
             a class is one array: Equinox filters leaf by leaf.
-        is_full: per value, whether there is a leaf or a hole in it.
-        are_plain: whether each name is one segment, and no two in a container are the same.
+        is_plain: whether each name is one segment, no two in a container are the same, and no
+            container is empty.
     """
 
     names: list[Any]
     parents: list[int]
-    leaves: list[int]
-    holes: list[int]
+    ends: list[int]
+    holes: set[int]
     cut: set[int]
-    is_full: list[bool]
-    are_plain: bool
+    is_plain: bool
 
 
 def read(tree: PyTree) -> Reading:
@@ -143,27 +158,30 @@ def read(tree: PyTree) -> Reading:
     levels = Levels()
     names: list[Any] = [""]
     parents, starts = [0], [0]
-    leaves: list[int] = []
-    holes: list[int] = []
+    ends: list[int] = []
+    holes: set[int] = set()
     cut: set[int] = set()
     fields: set[int] = set()
-    all_plain = True
+    is_plain = True
     level: Sequence[Any] = [tree]
     while level:
         start = len(names)
         below: list[Any] = []
         for number, value in enumerate(level, starts[-1]):
             way = levels.get(type(value)) or levels.learn(value)
+            if way is _of_box:
+                way, value = levels.unbox(value)
             if way is LEAF:
-                leaves.append(number)
+                ends.append(number)
             elif way is HOLE:
-                holes.append(number)
+                ends.append(number)
+                holes.add(number)
                 if value is not None or number not in fields:
                     cut.add(number)
             else:
                 children, held, are_plain, are_fields = way(value)
                 if not are_plain:
-                    all_plain = False
+                    is_plain = False
                 if are_fields or (number in fields and None in children):
                     fields.update(range(len(names), len(names) + len(children)))
                 names += children
@@ -171,16 +189,9 @@ def read(tree: PyTree) -> Reading:
                 below += held
         starts.append(start)
         level = below
-    count, before = _count(np.array(parents), starts, [*leaves, *holes])
-    return Reading(
-        names,
-        parents,
-        np.array(leaves, int)[np.argsort(before[leaves], kind="stable")].tolist(),
-        holes,
-        cut,
-        (count > 0).tolist(),
-        all_plain,
-    )
+    count, before = _count(np.array(parents), starts, ends)
+    in_order = np.array(ends, int)[np.argsort(before[ends], kind="stable")].tolist()
+    return Reading(names, parents, in_order, holes, cut, is_plain and bool(count.all()))
 
 
 def _count(parents: Any, starts: Sequence[int], ends: Sequence[int]) -> tuple[Any, Any]:

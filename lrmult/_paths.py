@@ -5,6 +5,7 @@
 
 import collections
 import functools
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -68,9 +69,10 @@ class ParamTree:
     def _read(self, params: PyTree, leaves: Sequence[Any]) -> None:
         reading = read(params)
         self.names, self.parents = reading.names, reading.parents
-        ends: Sequence[int] = reading.leaves
-        self.holes, self.cut = set(reading.holes), reading.cut
-        if not (reading.are_plain and all(reading.is_full)):
+        self.holes, self.cut, ends = reading.holes, reading.cut, reading.ends
+        if self.holes:
+            ends = [end for end in ends if end not in self.holes]
+        if not reading.is_plain:
             nodes = self._rename(reading)
             ends = [nodes[end] for end in ends]
             self.holes = {nodes[hole] for hole in self.holes}
@@ -91,10 +93,12 @@ class ParamTree:
         """
         self.names, self.parents = [""], [0]
         nodes = {0: 0}
-        values = zip(reading.names, reading.parents, reading.is_full, strict=True)
-        for value, (name, above, is_full) in enumerate(values):
-            if value and is_full:
-                nodes[value] = self._descend(nodes[above], segments_of(name))
+        for end in reading.ends:
+            line = [end]
+            while line[-1] not in nodes:
+                line.append(reading.parents[line[-1]])
+            for above, value in itertools.pairwise(reversed(line)):
+                nodes[value] = self._descend(nodes[above], segments_of(reading.names[value]))
         return nodes
 
     @property
