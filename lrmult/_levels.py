@@ -45,7 +45,8 @@ class Levels(dict[type, End | Callable[[Any], Level]]):
     def __init__(self) -> None:
         super().__init__({dict: _of_dict, list: _of_sequence, tuple: _of_sequence})
         self._boxes = box_types()
-        self._sealed: dict[type, bool] = {}  # whether boxes of a class hold nothing but a value
+        self.of_box = functools.partial(_of_class, {}, _tell_box)
+        self._of_node = functools.partial(_of_class, {}, _tell_node)
 
     def learn(self, value: Any) -> End | Callable[[Any], Level]:
         """Tell how values of a class are read from the first of them."""
@@ -54,7 +55,7 @@ class Levels(dict[type, End | Callable[[Any], Level]]):
         elif jax.tree_util.all_leaves([value]):
             way = LEAF
         else:
-            way = _of_box if isinstance(value, self._boxes) else _of_node
+            way = self.of_box if isinstance(value, self._boxes) else self._of_node
         return self.setdefault(type(value), way)
 
     def read(self, value: Any) -> Level | None:
@@ -64,14 +65,11 @@ class Levels(dict[type, End | Callable[[Any], Level]]):
 
     def unbox(self, value: Any) -> tuple[End | Callable[[Any], Level], Any]:
         """What is in a box that holds nothing but a value, and how that is read."""
-        while (way := self.get(type(value)) or self.learn(value)) is _of_box:
-            kind = type(value)
-            if kind not in self._sealed:
-                self._sealed[kind] = _of_box(value)[0] == [None]
-            if not self._sealed[kind]:
+        while (way := self.get(type(value)) or self.learn(value)) is self.of_box:
+            names, held, *_ = self.of_box(value)
+            if names != [None]:
                 break
-            # Without its keys, which take most of the time and are those of the first of its class.
-            [value] = jax.tree.leaves(value, is_leaf=functools.partial(operator.is_not, value))
+            [value] = held
         return way, value
 
 
@@ -91,24 +89,39 @@ def _of_sequence(value: Sequence[Any]) -> Level:
     return [str(number) for number in range(len(value))], value, True, False
 
 
-def _of_node(value: Any) -> Level:
-    keys, held = _one_level(value)
+# What the keys of one level tell: names, and what a `Level` says of these.
+Told: TypeAlias = tuple[list[Any], bool, bool]
+
+
+def _of_class(told: dict[Any, Told], tell: Callable[[list[Any]], Told], value: Any) -> Level:
+    # To ask for the keys takes long, and those that are fields are told by the structure. (Those of
+    # a mapping are not: 1 and True are equal.)
+    is_below = functools.partial(operator.is_not, value)
+    held, structure = jax.tree.flatten(value, is_leaf=is_below)
+    try:
+        if structure in told:
+            names, are_plain, are_fields = told[structure]
+            return names, held, are_plain, are_fields
+    except TypeError:  # a static field that cannot be hashed
+        told, structure = {}, None
+    found, _ = jax.tree_util.tree_flatten_with_path(value, is_leaf=is_below)
+    keys = [key for (key,), _ in found]
+    names, are_plain, are_fields = tell(keys)
+    if all(isinstance(key, GetAttrKey) for key in keys):
+        told[structure] = names, are_plain, are_fields
+    return names, held, are_plain, are_fields
+
+
+def _tell_node(keys: list[Any]) -> Told:
     names = [_name_of(key) for key in keys]
-    return names, held, _are_plain(names), any(type(key) is GetAttrKey for key in keys)
+    return names, _are_plain(names), any(type(key) is GetAttrKey for key in keys)
 
 
-def _of_box(value: Any) -> Level:
-    keys, held = _one_level(value)
+def _tell_box(keys: list[Any]) -> Told:
     # Only the attribute of a box is dropped: attention has a real layer called "value".
     owned = [isinstance(key, GetAttrKey) and key.name == "value" for key in keys]
     names = [None if own else _name_of(key) for key, own in zip(keys, owned, strict=True)]
-    return names, held, False, not any(owned) and any(type(key) is GetAttrKey for key in keys)
-
-
-def _one_level(value: Any) -> tuple[list[Any], list[Any]]:
-    is_below = functools.partial(operator.is_not, value)
-    found, _ = jax.tree_util.tree_flatten_with_path(value, is_leaf=is_below)
-    return [key for (key,), _ in found], [child for _, child in found]
+    return names, False, not any(owned) and any(type(key) is GetAttrKey for key in keys)
 
 
 def _are_plain(names: Sequence[str]) -> bool:
@@ -169,7 +182,7 @@ def read(tree: PyTree) -> Reading:
         below: list[Any] = []
         for number, value in enumerate(level, starts[-1]):
             way = levels.get(type(value)) or levels.learn(value)
-            if way is _of_box:
+            if way is levels.of_box:
                 way, value = levels.unbox(value)
             if way is LEAF:
                 ends.append(number)
