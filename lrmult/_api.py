@@ -6,6 +6,7 @@ from lrmult._decay import scale_decay
 from lrmult._edit import extract, graft, replace
 from lrmult._errors import (
     AxisError,
+    FeaturesError,
     FrozenError,
     IndexRangeError,
     LrmultError,
@@ -17,12 +18,14 @@ from lrmult._errors import (
     ShadowedRuleError,
     UnmatchedRuleError,
 )
+from lrmult._features import CachedFeatures
 from lrmult._freezing import assert_frozen, stop_frozen
 from lrmult._migrate import migrate
 from lrmult._of_type import of_type
 from lrmult._parts import Parts
 from lrmult._paths import paths
 from lrmult._plan import Claim, LeafPlan, Plan, compile_rules, trainable_mask
+from lrmult._precompute import Precomputed, precompute
 from lrmult._rule_files import load_rules
 from lrmult._rules import Rule, Rules, optional
 from lrmult._schedules import During
@@ -34,8 +37,10 @@ from lrmult._wrap import wrap
 
 __all__ = [
     "AxisError",
+    "CachedFeatures",
     "Claim",
     "During",
+    "FeaturesError",
     "FrozenError",
     "IndexRangeError",
     "LeafPlan",
@@ -46,6 +51,7 @@ __all__ = [
     "PatternError",
     "Plan",
     "PositionError",
+    "Precomputed",
     "Rule",
     "RuleError",
     "Rules",
@@ -66,6 +72,7 @@ __all__ = [
     "of_type",
     "optional",
     "paths",
+    "precompute",
     "recipes",
     "replace",
     "rows",

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import io
 import json
 import logging
 import math
@@ -27,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from lrmult._errors import LrmultError, listing, shorten, spec
+from lrmult._errors import LrmultError, listing, shorten, show, spec
 from lrmult._levels import PyTree
 from lrmult._patterns import escape
 from lrmult._resolving import Resolver
@@ -54,6 +55,10 @@ class Stored:
     dtype: Any
     load: Callable[[], Array]
 
+
+# JAX walks trees by recursion. Where that ends at Python's limit, the interpreter can call nothing
+# from then on.
+_DEEPEST = 400
 
 # Dicts and lists; at their ends `Stored` arrays and numbers, None in holes, and texts.
 Tree: TypeAlias = Any
@@ -203,6 +208,12 @@ def _unique(path: str, entries: Iterable[tuple[Names, Any]]) -> dict[Names, Any]
             raise CheckpointError(f"{path} has two entries called {shorten('/'.join(names))!r}")
         found[names] = entry
     for names in found:
+        if len(names) > _DEEPEST:
+            shown = shorten("/".join(names))
+            raise CheckpointError(
+                f"{path} has a path of {len(names):,} names, {shown!r}; more than {_DEEPEST} are "
+                "too many for JAX"
+            )
         for depth in range(len(names)):
             if names[:depth] in found:
                 above, below = (shorten("/".join(each)) for each in (names[:depth], names))
@@ -269,8 +280,9 @@ def _stored(
 ) -> Stored:
     """An array whose bytes stand in a file as they are."""
     shape = tuple(shape)
-    if not all(type(length) is int and length >= 0 for length in shape):
-        raise CheckpointError(f"{path}: {shorten(name)!r} has the shape {list(shape)}")
+    is_shape = all(type(length) is int and length >= 0 for length in shape)
+    if not is_shape or (0 in shape and max(shape) > _LONGEST_EMPTY):
+        raise CheckpointError(f"{path}: {shorten(name)!r} has the shape {show(list(shape))}")
     if math.prod(shape) * dtype.itemsize != size:
         raise CheckpointError(
             f"{path}: {shorten(name)!r} should be {spec(shape, dtype)}, but has {size:,} bytes"
@@ -284,6 +296,11 @@ def _stored(
     return Stored(shape, dtype, load)
 
 
+_LONGEST_EMPTY = (
+    2**24
+)  # axis of an empty array: what looks at places along it takes memory for them
+
+
 def _is_known(dtype: Any) -> bool:
     """Whether JAX has a dtype."""
     most = 16 if dtype.kind == "c" else 8
@@ -292,7 +309,8 @@ def _is_known(dtype: Any) -> bool:
 
 
 def _cut_off(path: str, end: int, size: int) -> CheckpointError:
-    return CheckpointError(f"{path} is cut off: it should have {end:,} bytes, and has {size:,}")
+    seen = shorten(f"{end:,}", 40)
+    return CheckpointError(f"{path} is cut off: it should have {seen} bytes, and has {size:,}")
 
 
 # ---- .safetensors: the length of a header, the header in JSON, the bytes of the arrays
@@ -367,8 +385,9 @@ def _read_npz(path: str) -> Tree:
         for member in archive.infolist():
             name = member.filename.removesuffix(".npy")
             with archive.open(member) as file:
-                shape, dtype = _npy_header(file)
-                size = member.file_size - file.tell()
+                head = io.BytesIO(file.read(_MOST_NPY_HEADER))
+            shape, dtype = _npy_header(head)
+            size = member.file_size - head.tell()
             if dtype.kind in "SUmM":  # texts and times, which are no parameters
                 continue
             dtype = _dtype_of_npy(path, name, dtype)
@@ -378,6 +397,9 @@ def _read_npz(path: str) -> Tree:
                 raise CheckpointError(f"{path} has two arrays called {shorten(name)!r}")
             found[name] = dataclasses.replace(checked, load=load)
     return found
+
+
+_MOST_NPY_HEADER = 2**16  # bytes, of which NumPy takes fewer; a header may claim gigabytes
 
 
 def _npy_header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:

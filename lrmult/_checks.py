@@ -60,16 +60,20 @@ def mistakes(
         or not all(any(i < index and not rules[i].restrictions for i in row) for row in rows)
     }
     heard = claiming_rules(matched.claims) | overruled | in_holes
+    last = max((index for index, rule in enumerate(rules) if not rule.optional), default=0)
+    explained = 0
     for index, rule in enumerate(rules):
         error = matches.errors.get(index, matched.errors.get(index))
-        if error is None and index not in heard and not _closes(index, rules):
+        if error is None and index not in heard and not (index >= last and _is_catch_all(rule)):
             if index not in matching:
                 error = matched.nothing.get(index, matches.unresolved.get(index))
             if error is None and not rule.optional:
+                explained += 1
+                in_full = explained <= _MOST_EXPLAINED
                 error = (
-                    ShadowedRuleError(_explain_shadowed(index, rules, tree, matched))
+                    ShadowedRuleError(_explain_shadowed(index, rules, tree, matched, in_full))
                     if index in matching
-                    else UnmatchedRuleError(explain_unmatched(rule, tree))
+                    else UnmatchedRuleError(explain_unmatched(rule, tree, in_full))
                 )
         if error is not None and not (rule.optional and isinstance(error, _FORGIVEN)):
             hinted = type(error)(f"{error}{_hint(error, tree)}")
@@ -95,6 +99,8 @@ def _hint(error: LrmultError, tree: ParamTree) -> str:
     return ""
 
 
+# What each of very many mistakes may be due to, nobody reads, and it takes a walk over the tree.
+_MOST_EXPLAINED = 5
 _FORGIVEN = (UnmatchedRuleError, IndexRangeError)  # of an optional rule
 
 
@@ -102,18 +108,16 @@ def _name(index: int, rule: Rule) -> str:
     return name_rule(index, rule.target, rule.multiplier)
 
 
-def _closes(index: int, rules: Rules) -> bool:
-    """Whether the rule is a catch-all with no other rule of the user's after it."""
-    rule = rules[index]
-    return (
-        isinstance(rule.selector, Pattern)
-        and rule.selector.is_everything
-        and not rule.restrictions
-        and all(later.optional for later in rules[index + 1 :])
-    )
+def _is_catch_all(rule: Rule) -> bool:
+    selector = rule.selector
+    return isinstance(selector, Pattern) and selector.is_everything and not rule.restrictions
 
 
-def _explain_shadowed(index: int, rules: Rules, tree: ParamTree, matched: Matched) -> str:
+def _explain_shadowed(
+    index: int, rules: Rules, tree: ParamTree, matched: Matched, in_full: bool
+) -> str:
+    if not in_full:
+        return "earlier rules claim all that it matches"
     lost = {leaf for leaf, row in enumerate(matched.rows) if index in row}
     winners = sorted({rule for leaf in lost for rule in matched.holders(leaf, index)})
     # Moving the rule up helps only if it leaves something to each of those that it then precedes.

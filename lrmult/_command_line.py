@@ -23,7 +23,7 @@ import optax
 
 from lrmult import __version__
 from lrmult._checkpoints import Checkpoint, CheckpointError, Stored, read_checkpoint
-from lrmult._errors import LrmultError, listing, shorten, spec
+from lrmult._errors import LrmultError, in_bytes, listing, shorten, spec
 from lrmult._folding import Answer
 from lrmult._freezing import differing
 from lrmult._parts import Parts
@@ -224,14 +224,6 @@ def _columns(rows: Iterable[Sequence[str]]) -> list[str]:
     return ["   ".join(map(str.ljust, row, widths)).rstrip() for row in shown]
 
 
-def _bytes(size: int) -> str:
-    """How much that is: ``1.5 GB``."""
-    for power, unit in ((4, "TB"), (3, "GB"), (2, "MB"), (1, "kB")):
-        if size >= 0.9995 * 1000**power:
-            return f"{size / 1000**power:.3g} {unit}"
-    return f"{size} B"
-
-
 def _counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
@@ -336,14 +328,14 @@ def _memory(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is wrong with the rules has been told
-            return {name: _state_bytes(each, shapes) for name, each in found.items()}
+            return {name: _statein_bytes(each, shapes) for name, each in found.items()}
     except Exception as error:  # what optax raises where arrays do not suit an optimizer
         reason = shorten(f"{type(error).__name__}: {error}", 200)
         _say("warning", f"the optimizer does not take these arrays ({reason})")
         return None
 
 
-def _state_bytes(optimizer: optax.GradientTransformation, shapes: Any) -> int:
+def _statein_bytes(optimizer: optax.GradientTransformation, shapes: Any) -> int:
     state = jax.tree.leaves(jax.eval_shape(optimizer.init, shapes))
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in state)
 
@@ -352,13 +344,13 @@ def _memory_lines(name: str, memory: dict[str, int] | None) -> list[str]:
     if memory is None:
         return []
     alone = memory["alone"]
-    rows = [(f"state of {name}", _bytes(alone), "")]
+    rows = [(f"state of {name}", in_bytes(alone), "")]
     for form, text in (("wrap", "in lrmult.wrap"), ("compact", "there with compact=True")):
         saved = alone - memory.get(form, alone)
         share = f" ({saved / alone:.0%})" if saved > 0 else ""
-        gain = f"{_bytes(abs(saved))} {'more' if saved < 0 else 'less'}{share}"
+        gain = f"{in_bytes(abs(saved))} {'more' if saved < 0 else 'less'}{share}"
         if form in memory:
-            rows.append((text, _bytes(memory[form]), gain))
+            rows.append((text, in_bytes(memory[form]), gain))
     return _columns(rows)
 
 

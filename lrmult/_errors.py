@@ -1,7 +1,7 @@
 """The exceptions. A message says what failed, where, what was seen, and what to write instead."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -51,6 +51,10 @@ class FrozenError(LrmultError, AssertionError):
     """Something frozen that changed."""
 
 
+class FeaturesError(LrmultError):
+    """Features that do not fit, that would not stay what they are, or that are out of date."""
+
+
 def shorten(text: str, most: int = 80) -> str:
     """One line of at most that many characters."""
     line = " ".join(text.split()) if "\n" in text else text
@@ -65,11 +69,29 @@ def show(value: Any) -> str:
     if callable(value) and hasattr(value, "__qualname__"):
         kind = "class" if is_class else "function"
         return f"the {kind} {value.__qualname__}"
+    if not _is_short(value):
+        return f"a {type(value).__name__} of {len(value)} items"
     try:
         text = repr(value)
     except Exception:
         return f"an object of type {type(value).__name__}"
     return shorten(re.sub(r" at 0x[0-9a-f]+", "", text))
+
+
+def _is_short(value: Any, most: int = 100_000) -> bool:
+    """Whether the text of a container is at most about so long.
+
+    One that holds another many times over, as aliases in YAML can make it, may fill the memory.
+    """
+    pending = [value]
+    while pending and most > 0:
+        each = pending.pop()
+        if isinstance(each, Mapping | list | tuple | set | frozenset):
+            most -= len(each)
+            pending += [*each, *each.values()] if isinstance(each, Mapping) else each
+        elif each is not value:
+            most -= len(each) if isinstance(each, str | bytes) else 1
+    return most > 0
 
 
 def spec(shape: Iterable[int], dtype: Any) -> str:
@@ -83,3 +105,11 @@ def listing(names: Iterable[str], most: int = 6) -> str:
     if len(quoted) > most:
         return f"{', '.join(quoted[:most])} and {len(quoted) - most} more"
     return " and ".join(filter(None, [", ".join(quoted[:-1]), *quoted[-1:]]))
+
+
+def in_bytes(size: int) -> str:
+    """How much so many bytes are: ``1.5 GB``."""
+    for power, unit in ((4, "TB"), (3, "GB"), (2, "MB"), (1, "kB")):
+        if size >= 0.9995 * 1000**power:
+            return f"{size / 1000**power:.3g} {unit}"
+    return f"{size} B"

@@ -95,6 +95,7 @@ def assert_frozen(
 
     For tests, and for a look now and then in mid-run: every frozen array, and every frozen part of
     one, is compared bit by bit, on the host. ``-0.0`` and ``0.0`` differ, and a NaN equals itself.
+    Where arrays are split among processes, each process compares what it holds.
 
     Args:
         before: the parameters before training; a copy of them, where training overwrites them: NNX
@@ -108,8 +109,8 @@ def assert_frozen(
     Raises:
         FrozenError: with the path, the index and both values of the first element that changed; or
             if the two trees do not hold the same arrays. It is an AssertionError too.
-        RuleError: if `before` cannot tell what was: if it shares its NNX variables with `after`, or
-            was donated.
+        RuleError: if `before` cannot tell what was: if it shares its NNX variables with `after`,
+            was donated, or is split among processes in another way.
         LrmultError: what `compile_rules` raises.
 
     Example:
@@ -158,13 +159,16 @@ def _variables(tree: PyTree) -> set[int]:
 
 def _compare(path: str, before: Any, after: Any, frozen: Any) -> None:
     """Raise if one of the elements that are frozen is not what it was."""
-    then, now = (_on_host(path, each) for each in (before, after))
-    name = f"{path!r} {spec(then.shape, then.dtype)}"
+    then, now = (_read(path, each) for each in (before, after))
+    # That of a key is its own dtype: on the host it is the bytes that it holds.
+    dtypes = [getattr(each, "dtype", None) for each in (before, after)]
+    name = f"{path!r} {spec(then.shape, dtypes[0] or then.dtype)}"
     if (then.shape, then.dtype) != (now.shape, now.dtype):
-        seen = spec(now.shape, now.dtype)
+        seen = spec(now.shape, dtypes[1] or now.dtype)
         raise FrozenError(f"{name} became {seen}; the parameters must keep shapes and dtypes")
     if frozen is False:
         return
+    then, now = _on_host(path, then, now)
     changed = differing(then, now)
     changed &= frozen.dense() if isinstance(frozen, Parts) else frozen
     places = np.argwhere(changed)
@@ -179,13 +183,16 @@ def _compare(path: str, before: Any, after: Any, frozen: Any) -> None:
 
 def differing(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Which elements of two arrays of one shape and dtype have not the same bits."""
+    if not one.itemsize:  # float0
+        return np.zeros(one.shape, np.bool_)
     width = min(one.itemsize, 8)
     bits = [np.ascontiguousarray(each).reshape(-1).view(f"u{width}") for each in (one, other)]
     words = (bits[0] != bits[1]).reshape(one.size, one.itemsize // width)
     return np.asarray(words.any(-1)).reshape(one.shape)
 
 
-def _on_host(path: str, array: Any) -> np.ndarray[Any, Any]:
+def _read(path: str, array: Any) -> Any:
+    """The array on the host, or as it is where other processes hold parts of it."""
     if isinstance(array, jax.core.Tracer):
         raise RuleError("assert_frozen compares bits on the host; call it outside of jax.jit")
     if isinstance(array, jax.Array) and array.is_deleted():
@@ -195,4 +202,34 @@ def _on_host(path: str, array: Any) -> np.ndarray[Any, Any]:
         )
     if jnp.issubdtype(jnp.result_type(array), jax.dtypes.prng_key):
         array = jax.random.key_data(array)
+        if array.is_fully_addressable:
+            words = np.asarray(array)
+            array = words.view(np.dtype((np.void, words.itemsize * words.shape[-1])))[..., 0]
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return array
     return np.asarray(array)
+
+
+def _on_host(path: str, before: Any, after: Any) -> list[np.ndarray[Any, Any]]:
+    """Both arrays on the host, zero in both where only other processes can compare them."""
+    split = [each for each in (before, after) if isinstance(each, jax.Array)]
+    if not split:
+        return [before, after]
+    if not split[0].sharding.is_equivalent_to(split[-1].sharding, split[0].ndim):
+        raise RuleError(
+            f"{path!r} is split among processes otherwise after than before, so that none can "
+            "compare it; put one where the other is, with jax.device_put"
+        )
+    return [_held(array, split[0]) for array in (before, after)]
+
+
+def _held(array: Any, split: jax.Array) -> np.ndarray[Any, Any]:
+    """What this process holds of an array that is split among processes, and zeros."""
+    copy = np.zeros(split.shape, split.dtype)
+    if isinstance(array, jax.Array):
+        for shard in array.addressable_shards:
+            copy[shard.index] = shard.data
+    else:
+        for shard in split.addressable_shards:
+            copy[shard.index] = array[shard.index]
+    return copy

@@ -15,6 +15,7 @@ class Orders:
         self._tree = tree
         self._orders: dict[int, Family | PositionError] = {}
         self._groups: dict[int, dict[str, list[str]]] = {}
+        self._families: dict[tuple[int, str], Family | None] = {}
 
     def counted(self, node: int, name: str | None) -> tuple[int, Mapping[str, int], Family | None]:
         """What a position counts: the node that it stands below, the children there, their order.
@@ -36,7 +37,7 @@ class Orders:
                 no_order = error
         family = None
         if name is not None:
-            family = family_of(self._names(node), name, self._stems(node), tree.text(node))
+            family = self._family(node, name)
         if no_order and family is None:
             raise no_order
         return node, children, family
@@ -65,6 +66,14 @@ class Orders:
         if isinstance(order, PositionError):
             raise order
         return order
+
+    def _family(self, node: int, name: str) -> Family | None:
+        key = node, name
+        if key not in self._families:
+            self._families[key] = family_of(
+                self._names(node), name, self._stems(node), self._tree.text(node)
+            )
+        return self._families[key]
 
     def _find_order(self, node: int) -> Family:
         children = self._tree.children[node]

@@ -11,15 +11,17 @@ A pattern is a tuple of steps, read from the root downwards:
 import dataclasses
 import enum
 import functools
+import itertools
 import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Final, NamedTuple, TypeAlias
 
 from lrmult._errors import PatternError, shorten, show
 
 _SPECIAL: Final = re.compile(r"[\\*{}\[\]]")
 _MOST_ALTERNATIVES: Final = 1000
+_MOST_DIGITS: Final = 1000  # Python refuses to show ints of a few thousand
 
 
 class Span(NamedTuple):
@@ -66,17 +68,17 @@ class Glob:
     def match(self, name: str) -> bool:
         """Whether a name fits."""
         first, *middle, last = self.parts
-        if not name.startswith(first):
+        at, end = len(first), len(name) - len(last)
+        if at > end or not name.startswith(first) or not name.endswith(last):
             return False
-        at = len(first)
-        # Each fixed text is taken where it first occurs, which is enough for stars, and keeps the
-        # time linear where the regular expression `.*a.*a.*a` would explode.
+        # Each fixed text is taken where it first occurs and never reconsidered, which is enough for
+        # stars, and keeps the time linear where the regular expression `.*a.*a.*a` would explode.
         for part in middle:
-            at = name.find(part, at)
+            at = name.find(part, at, end)
             if at < 0:
                 return False
             at += len(part)
-        return at + len(last) <= len(name) and name.endswith(last)
+        return True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,11 +202,23 @@ def position_from_python(value: Any) -> Position:
             f"{show(value)} is neither a name, an int, a slice of ints nor ..., which is all that "
             "a position or a tuple may hold"
         ) from None
+    for number in numbers:
+        check_magnitude(number)
     if isinstance(value, slice):
         return _span(numbers[0], numbers[1], numbers[2], repr(value))
     if numbers[0] is None:
         raise PatternError("None is no position; write ... for any depth")
     return numbers[0]
+
+
+def check_magnitude(number: int | None) -> None:
+    """Refuse a position, an index or an axis that no message could show.
+
+    Raises:
+        PatternError: if it is of that kind.
+    """
+    if number is not None and abs(number) >= 10**_MOST_DIGITS:
+        raise PatternError(f"an int of more than {_MOST_DIGITS} digits is no position or index")
 
 
 def _span(start: int | None, stop: int | None, step: int | None, text: str) -> Span:
@@ -302,53 +316,96 @@ def _parse_segment(tokens: list[_Token]) -> Iterator[Step]:
 def _parse_name(tokens: list[_Token]) -> tuple[tuple[str, ...], ...]:
     """Expand braces into alternatives, each the fixed texts between its stars."""
     current: list[tuple[str, ...]] = [("",)]
-    # For each open brace: what stands before it, its finished branches, and its column.
-    opened: list[tuple[list[tuple[str, ...]], list[tuple[str, ...]], int]] = []
-    star_before = False
-    for token in tokens:
-        mark = token.text if token.special else ""
-        if mark == "*":
-            if star_before:
-                raise PatternError(
-                    f"the '**' at character {token.column - 1} is part of a longer name; it stands "
-                    "alone between slashes ('a/**/b'), and '*' matches within a name"
-                )
-            current = [(*parts, "") for parts in current]
-        elif mark == "{":
-            opened.append((current, [], token.column))
-            current = [("",)]
-        elif mark == "," and opened:
-            opened[-1][1].extend(current)
-            current = [("",)]
-        elif mark == "}":
-            if not opened:
-                raise PatternError(
-                    f"the '}}' at character {token.column} closes nothing; for the character "
-                    "itself write '\\}'"
-                )
-            before, branches, _ = opened.pop()
-            current = _join(before, branches + current)
-        elif mark == "]":
-            raise PatternError(
-                f"the ']' at character {token.column} closes nothing; for the character itself "
-                "write '\\]'"
-            )
-        else:
-            current = _join(current, [(token.text,)])
-        star_before = mark == "*"
-    if opened:
-        raise PatternError(
-            f"the '{{' at character {opened[-1][2]} is never closed; for the character itself "
-            "write '\\{'"
-        )
+    # For each open brace: what stands before it, and its finished branches.
+    opened: list[tuple[list[tuple[str, ...]], list[tuple[str, ...]]]] = []
+    for is_brace, run in itertools.groupby(_with_choices(tokens), _is_of_braces):
+        if not is_brace:  # as one: to join them one by one would take a time that grows faster
+            current = _join(current, [_fixed_texts(run)])
+            continue
+        for token in run:
+            if token.text == "{":
+                opened.append((current, []))
+                current = [("",)]
+            elif token.text == ",":
+                opened[-1][1].extend(current)
+                current = [("",)]
+            else:
+                before, branches = opened.pop()
+                current = _join(before, branches + current)
     return tuple(dict.fromkeys(current))
 
 
-def _join(heads: list[tuple[str, ...]], tails: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    if len(heads) * len(tails) > _MOST_ALTERNATIVES:
+def _is_of_braces(token: _Token) -> bool:
+    return token.special and token.text in "{,}"
+
+
+def _fixed_texts(tokens: Iterable[_Token]) -> tuple[str, ...]:
+    """The texts between the stars."""
+    texts: list[list[str]] = [[]]
+    for token in tokens:
+        if token.special:
+            texts.append([])
+        else:
+            texts[-1].append(token.text)
+    return tuple("".join(text) for text in texts)
+
+
+def _with_choices(tokens: list[_Token]) -> list[_Token]:
+    """A name whose braces all hold a comma, and whose commas all stand in braces.
+
+    Other braces choose between nothing: they become empty texts, and other commas plain ones.
+
+    Raises:
+        PatternError: if something in it is out of place.
+    """
+    found = list(tokens)
+    opened: list[int] = []
+    choosing: set[int] = set()  # of the open braces, those that hold a comma
+    choices = 0
+    star_before = False
+    for at, token in enumerate(tokens):
+        mark = token.text if token.special else ""
+        if mark == "*" and star_before:
+            raise PatternError(
+                f"the '**' at character {token.column - 1} is part of a longer name; it stands "
+                "alone between slashes ('a/**/b'), and '*' matches within a name"
+            )
+        if mark == "{":
+            opened.append(at)
+        elif mark == "," and opened:
+            choosing.add(opened[-1])
+            choices += 1
+        elif mark == ",":
+            found[at] = token._replace(special=False)
+        elif mark in ("}", "]") and (mark == "]" or not opened):
+            raise PatternError(
+                f"the {mark!r} at character {token.column} closes nothing; for the character "
+                f"itself write '\\{mark}'"
+            )
+        elif mark == "}" and opened[-1] in choosing:
+            opened.pop()
+        elif mark == "}":
+            for brace in (opened.pop(), at):
+                found[brace] = tokens[brace]._replace(text="", special=False)
+        star_before = mark == "*"
+    if opened:
+        raise PatternError(
+            f"the '{{' at character {tokens[opened[-1]].column} is never closed; for the character "
+            "itself write '\\{'"
+        )
+    _check_alternatives(choices + 1)
+    return found
+
+
+def _check_alternatives(count: int) -> None:
+    if count > _MOST_ALTERNATIVES:
         raise PatternError(
             f"its braces stand for more than {_MOST_ALTERNATIVES} names; write '*' or several rules"
         )
+
+
+def _join(heads: list[tuple[str, ...]], tails: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    _check_alternatives(len(heads) * len(tails))
     return [(*head[:-1], head[-1] + tail[0], *tail[1:]) for head in heads for tail in tails]
 
 

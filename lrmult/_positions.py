@@ -25,9 +25,13 @@ class Family:
 
     members: dict[int, str]  # number -> segment
 
-    @property
+    @functools.cached_property
     def _has_gaps(self) -> bool:
         return max(self.members) - min(self.members) >= len(self.members) or min(self.members) > 1
+
+    @functools.cached_property
+    def _last(self) -> int:
+        return max(self.members)
 
     def in_order(self) -> list[str]:
         """All members."""
@@ -46,19 +50,16 @@ class Family:
                 f"({self._numbers()}): what stood there cannot be known; write the number itself, "
                 "a slice with an end, or pass structure=, which tells what stands in the gaps"
             )
-        numbers = range(max(self.members) + 1)
-        wanted: Collection[int]
-        try:
-            wanted = (
-                numbers[slice(*position)] if isinstance(position, Span) else [numbers[position]]
-            )
-        except IndexError:
-            wanted = ()
-        found = [name for number, name in sorted(self.members.items()) if number in wanted]
+        if isinstance(position, Span):
+            wanted = range(self._last + 1)[slice(*position)]
+            found = [name for number, name in sorted(self.members.items()) if number in wanted]
+        else:
+            number = position if position >= 0 else self._last + 1 + position
+            found = [self.members[number]] if number in self.members else []
         if not found:
             if isinstance(position, Span):
                 seen = f"{show_position(position)} selects nothing"
-            elif 0 <= position <= max(self.members):
+            elif 0 <= position <= self._last:
                 seen = f"nothing has the number {position}"
             else:
                 seen = f"{show_position(position)} is out of range"

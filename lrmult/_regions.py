@@ -179,6 +179,8 @@ def factor(dense: Bools) -> Region:
     An array of bools lies inside the product of its projections onto the axes, so it *is* that
     product if both have as many elements.
     """
+    if not dense.size:  # whose axes may be of any length all the same
+        return WHOLE
     axes = range(dense.ndim)
     shadows: list[Any] = [dense.any(axis=tuple(a for a in axes if a != axis)) for axis in axes]
     if np.count_nonzero(dense) != math.prod(np.count_nonzero(shadow) for shadow in shadows):

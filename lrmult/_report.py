@@ -3,7 +3,7 @@
 import functools
 import html
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lrmult._claims import claiming_rules
@@ -27,18 +27,20 @@ _COLUMNS = {
 }
 
 
-def render(plan: Plan) -> str:
-    """The table as plain text; no line is wrapped, however narrow the terminal."""
+def render(shown: Any) -> str:
+    """What rich can show as plain text; no line is wrapped, however narrow the terminal."""
     from rich.console import Console
 
     out = io.StringIO()
     console = Console(file=out, width=10_000, color_system=None, legacy_windows=False)
-    console.print(plan, soft_wrap=True)
+    console.print(shown, soft_wrap=True)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
-def table(plan: Plan) -> Any:
-    """The table for rich: a row for each group of arrays that share one answer, and totals."""
+def lined(
+    columns: Mapping[str, str], rows: Iterable[tuple[Sequence[str], str]], notes: Iterable[str]
+) -> Any:
+    """A table for rich: columns with their sides, rows of cells with a style, and lines below."""
     from rich.box import Box
     from rich.console import Group
     from rich.table import Table
@@ -47,12 +49,17 @@ def table(plan: Plan) -> Any:
     # Only the third line shows: what is under the heads. ASCII, since a table may go to any file.
     lines = Box("    \n" * 2 + " -- \n" + "    \n" * 5, ascii=True)
     shown = Table(box=lines, show_edge=False, pad_edge=False)
-    for name, side in _COLUMNS.items():
+    for name, side in columns.items():
         shown.add_column(name, justify="right" if side == "right" else "left")
-    for row in _rows(plan):
-        style = "dim" if row.is_frozen else ""
-        shown.add_row(*(Text(cell, style=style) for cell in row.cells))
-    return Group(shown, Text(""), *map(Text, _notes(plan)))
+    for cells, style in rows:
+        shown.add_row(*(Text(cell, style=style) for cell in cells))
+    return Group(shown, Text(""), *map(Text, notes))
+
+
+def table(plan: Plan) -> Any:
+    """The table for rich: a row for each group of arrays that share one answer, and totals."""
+    rows = ((row.cells, "dim" if row.is_frozen else "") for row in _rows(plan))
+    return lined(_COLUMNS, rows, _notes(plan))
 
 
 def html_table(plan: Plan) -> str:

@@ -29,11 +29,13 @@ from lrmult._structure import Structure
 from lrmult._targets import Along, Elements, Neurons, Part, Target, along, elements, neurons, rows
 
 _PARTS = ("neurons", "rows", "elements", "axis", "index")
+_MOST_REPEATED = 1_000_000
 _EXAMPLES = {
     "rule": ", such as {'target': 'head', 'multiplier': 10}",
     "file of rules": ": {'rules': [{'target': 'head', 'multiplier': 10}]}",
 }
-_SLICE = re.compile(r"\s*(-?[0-9]+)?\s*:\s*(-?[0-9]+)?\s*(?::\s*(-?[0-9]+)?\s*)?")
+# Possessive, so that a long text of spaces is read in one go.
+_SLICE = re.compile(r"\s*+(-?[0-9]+)?\s*+:\s*+(-?[0-9]+)?\s*+(?::\s*+(-?[0-9]+)?\s*+)?")
 _FLAGS = {"a": re.ASCII, "i": re.IGNORECASE, "m": re.MULTILINE, "s": re.DOTALL, "x": re.VERBOSE}
 # Those that return one list of rules.
 _RECIPES: dict[str, Callable[..., Rules]] = {
@@ -58,15 +60,48 @@ def read_rules(data: Any, params: PyTree, structure: Structure | None) -> Rules:
             f"{show(data)} holds no list of rules; write one under 'rules', such as {{'rules': "
             "[{'target': 'head', 'multiplier': 10}]}"
         )
-    found = Rules()
+    _check_repeats(items)
+    found: list[Rule] = []
     for index, item in enumerate(items):
         try:
-            found += _read_item(item, params, structure)
+            found.extend(_read_item(item, params, structure))
         except LrmultError as error:
             raise type(error)(f"rule {index} ({show(item)}): {error}") from error.__cause__
         except RecursionError:
             raise RuleError(f"rule {index} is nested too deeply") from None
-    return found
+    return Rules(found)
+
+
+def _check_repeats(data: Any) -> None:
+    """Refuse data that holds parts of itself so many times over that it could never be read.
+
+    Raises:
+        RuleError: if it does.
+    """
+    counts: dict[int, int] = {}  # by container, how many values it stands for
+    written = 0
+
+    def count(value: Any) -> int:
+        nonlocal written
+        if id(value) in counts:
+            return counts[id(value)]
+        written += 1
+        if not isinstance(value, list | tuple | Mapping):
+            return 1
+        counts[id(value)] = 0  # what a container within itself adds
+        inside = value.values() if isinstance(value, Mapping) else value
+        counts[id(value)] = 1 + sum(map(count, inside))
+        return counts[id(value)]
+
+    try:
+        repeated = count(data) - written
+    except RecursionError:
+        raise RuleError("the rules are nested too deeply") from None
+    if repeated > _MOST_REPEATED:
+        raise RuleError(
+            f"the same lists or tables stand in the rules so often (aliases in YAML) that they add "
+            f"more than {_MOST_REPEATED:,} values; write fewer of them"
+        )
 
 
 def load_rules(
@@ -344,7 +379,7 @@ def _read_target(value: Any) -> Target:
     table = _table(value, "target")
     if "target" in table:
         return _read_part(_table(value, "target", {"target", *_PARTS}))
-    match sorted(table, key=str):
+    match sorted(table) if all(isinstance(key, str) for key in table) else []:
         case ["everything"] if table["everything"] is True:
             return ...
         case ["path"] if _is_list(table["path"]):
@@ -372,7 +407,7 @@ def _read_regex(pattern: Any, letters: Any) -> re.Pattern[str]:
     if not isinstance(pattern, str):
         raise PatternError(f"'regex' is {show(pattern)}; write text, such as '.*/bias'")
     flags = re.NOFLAG
-    for letter in str(letters):
+    for letter in letters if isinstance(letters, str) else [None]:
         if letter not in _FLAGS:
             raise PatternError(f"'flags' is {show(letters)}; write some of {''.join(_FLAGS)}")
         flags |= _FLAGS[letter]
@@ -516,6 +551,6 @@ def _table(value: Any, what: str, known: set[str] | None = None) -> dict[str, An
 
 
 def _near(name: Any, known: Any) -> str:
-    near = difflib.get_close_matches(str(name), sorted(known), 1)
+    near = difflib.get_close_matches(name if isinstance(name, str) else "", sorted(known), 1)
     listed = ", ".join(map(repr, sorted(known)))
     return f"; did you mean {near[0]!r}?" if near else f"; there are {listed}"

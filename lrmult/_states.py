@@ -125,6 +125,38 @@ def check_state(
         )
 
 
+def explain_failure(
+    optimizer: Any, view: View, params: PyTree, updates: PyTree, state: Mapping[Path, Any]
+) -> str | None:
+    """Why an optimizer may have failed: what it was given is not for one tree of parameters.
+
+    Args:
+        optimizer: the optimizer.
+        view: what trains of the parameters.
+        params: the parameters.
+        updates: the updates.
+        state: the entries of the state.
+    """
+    have, want = (_shapes(entries(tree)) for tree in (updates, params))
+    unlike = [path for path in {**want, **have} if have.get(path) != want.get(path)]
+    if unlike:
+        return (
+            "the updates are not structured like the parameters: they differ at "
+            f"{listing(map('/'.join, unlike))}; pass the gradients with respect to these parameters"
+        )
+    expected = expected_state(optimizer, view, params)
+    if expected is None:
+        return None
+    kept, wanted = _shapes(state), _shapes(entries(expected))
+    others = [path for path in {**wanted, **kept} if wanted.get(path) != kept.get(path)]
+    if not others:
+        return None
+    return (
+        "the state was made for other parameters: it differs from one for these at "
+        f"{listing(map('/'.join, others))}; call init anew, or keep the structure of the parameters"
+    )
+
+
 def _shapes(state: Mapping[Path, Any]) -> dict[Path, tuple[int, ...]]:
     return {path: np.shape(entry) for path, entry in state.items() if is_array(entry)}
 

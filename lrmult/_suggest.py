@@ -3,6 +3,7 @@
 Whatever is suggested has been tried: it does match something.
 """
 
+import bisect
 import difflib
 import itertools
 import re
@@ -28,6 +29,9 @@ from lrmult._targets import show_target, whole_target
 
 _MOST = 2
 _CUTOFF = 0.7
+# The time to find what was meant grows with the length of a target faster than in proportion.
+_LONGEST = 500
+_MOST_WORDS = 4
 
 # Other systems' ways to write a path, and how they are written here.
 _NOTATIONS = (
@@ -40,8 +44,13 @@ _NOTATIONS = (
 )
 
 
-def explain_unmatched(rule: Rule, tree: ParamTree) -> str:
-    """Say that a rule matches nothing, what it was held against, and what would match."""
+def explain_unmatched(rule: Rule, tree: ParamTree, in_full: bool = True) -> str:
+    """Say that a rule matches nothing, what it was held against, and what would match.
+
+    If not in full, that it matches nothing.
+    """
+    if not in_full:
+        return "it matches nothing"
     arrays = [node for _, node in tree.arrays()]
     if not arrays:
         return "the tree has no arrays to match"
@@ -54,10 +63,10 @@ def explain_unmatched(rule: Rule, tree: ParamTree) -> str:
             return "the tree is one bare array, which has no path; the target ... reaches it"
         target = whole_target(rule.target)
         seen = f"no path matches {show_target(target)}"
-        suggestions = _suggestions(target, selector, tree)
+        suggestions = _suggestions(target, selector, tree) if _is_short(target) else []
     elif isinstance(selector, re.Pattern):
         seen = f"the regular expression {shorten(selector.pattern)!r} matches no whole path"
-        suggestions = _wider(selector, tree)
+        suggestions = _wider(selector, tree) if _is_short(selector.pattern) else []
     elif isinstance(selector, OfType):
         if not selector.paths:
             return "the model that it was given has nothing of that type"
@@ -76,6 +85,12 @@ def explain_unmatched(rule: Rule, tree: ParamTree) -> str:
         return f"{seen}; {shorten(tree.text(reached))!r} is there, and holds {inside}"
     some = listing([shorten(tree.text(node)) for node in arrays], 4)
     return f"{seen}; the paths are {some} (lrmult.paths(params) lists them all)"
+
+
+def _is_short(target: object) -> bool:
+    """Whether a target is of a length that people write."""
+    parts = target if isinstance(target, tuple) else (target,)
+    return sum(len(part) if isinstance(part, str) else 1 for part in parts) <= _LONGEST
 
 
 def _suggestions(target: object, pattern: Pattern, tree: ParamTree) -> list[str]:
@@ -108,7 +123,7 @@ def _wrong_root(pattern: Pattern, tree: ParamTree) -> Iterator[Pattern]:
     if any(isinstance(step, Names | Indexed) for step in steps[1:]):
         yield Pattern(steps[1:])
     if ANY_DEPTH not in steps:
-        for k in range(1, len(steps)):
+        for k in range(1, min(_leading(steps, tree) + 1, len(steps))):
             yield from _in_full(steps, k, tree)
 
 
@@ -142,13 +157,18 @@ def _parsed(text: str) -> Iterator[Pattern]:
         return
 
 
+# Regular expressions that take a time that explodes: with a group that is repeated, what a group
+# found, or many repetitions.
+_UNTAME = re.compile(r"\)[*+?{]|\\[1-9]|\(\?|(?:[*+?{].*){4}", re.DOTALL)
+
+
 def _is_regex(text: str, tree: ParamTree) -> bool:
     """Whether a text matches as a regular expression, and looks like one."""
-    if not re.search(r"[*+^$|\\(]", text):
+    if not re.search(r"[*+^$|\\(]", text) or _UNTAME.search(text):
         return False
     try:
         regex = re.compile(text)
-    except re.error:
+    except (re.error, OverflowError, RecursionError):
         return False
     return any(regex.fullmatch(tree.raw_text(node)) for _, node in tree.arrays())
 
@@ -160,7 +180,7 @@ def _wider(regex: re.Pattern[str], tree: ParamTree) -> list[str]:
     for text in (f".*{inner}", f"{inner}.*", f".*{inner}.*"):
         try:
             wider = re.compile(text, regex.flags)
-        except re.error:
+        except (re.error, RecursionError):
             continue
         if any(map(wider.fullmatch, paths)):
             return [shorten(repr(wider), 120)]
@@ -169,7 +189,7 @@ def _wider(regex: re.Pattern[str], tree: ParamTree) -> list[str]:
 
 def _below_an_array(pattern: Pattern, tree: ParamTree) -> Iterator[Pattern]:
     """The path goes on below an array, as with a final `value`."""
-    for cut in range(len(pattern.steps) - 1, 0, -1):
+    for cut in range(min(_leading(pattern.steps, tree), len(pattern.steps) - 1), 0, -1):
         above = Pattern(pattern.steps[:cut])
         if not any(tree.children[node] for node in find(above, tree)):
             yield above
@@ -201,27 +221,25 @@ def _misspelt(pattern: Pattern, tree: ParamTree) -> Iterator[Pattern]:
 
 def _respell(steps: tuple[Step, ...], tree: ParamTree) -> Iterator[Pattern]:
     """Replace the first name that leads nowhere by what does stand there."""
-    for k, step in enumerate(steps):
-        if find(Pattern(steps[: k + 1]), tree):
-            continue
-        if not isinstance(step, Names | Indexed):
-            return
-        known: dict[str, None] = {}
-        for node in _reached(steps[:k], tree):
-            names = tree.children[node]
-            known.update(dict.fromkeys(map(escape, names)))
-            if isinstance(step, Indexed):
-                families = (base_names(stem)[-1] for stem in stems(names))
-                known.update(dict.fromkeys(escape(name) for name in families if name))
-        names_of = step.names if isinstance(step, Indexed) else step
-        words = ("*".join(parts) for parts in names_of.alternatives)
-        for name in dict.fromkeys(near for word in words for near in _alike(word, known)):
-            [new, *_] = parse(name).steps
-            if isinstance(step, Indexed) and isinstance(new, Names):
-                yield Pattern((*steps[:k], Indexed(new, step.position), *steps[k + 1 :]))
-            else:
-                yield Pattern((*steps[:k], new, *steps[k + 1 :]))
+    k = _leading(steps, tree)
+    step = steps[k] if k < len(steps) else None
+    if not isinstance(step, Names | Indexed):
         return
+    known: dict[str, None] = {}
+    for node in _reached(steps[:k], tree):
+        names = tree.children[node]
+        known.update(dict.fromkeys(map(escape, names)))
+        if isinstance(step, Indexed):
+            families = (base_names(stem)[-1] for stem in stems(names))
+            known.update(dict.fromkeys(escape(name) for name in families if name))
+    names_of = step.names if isinstance(step, Indexed) else step
+    words = ["*".join(parts) for parts in names_of.alternatives[:_MOST_WORDS]]
+    for name in dict.fromkeys(near for word in words for near in _alike(word, known)):
+        [new, *_] = parse(name).steps
+        if isinstance(step, Indexed) and isinstance(new, Names):
+            yield Pattern((*steps[:k], Indexed(new, step.position), *steps[k + 1 :]))
+        else:
+            yield Pattern((*steps[:k], new, *steps[k + 1 :]))
 
 
 def _alike(word: str, known: Iterable[str]) -> Iterator[str]:
@@ -259,6 +277,12 @@ def _shape(text: str) -> str:
     return re.sub(r"[0-9]+|\*+", "#", text.casefold())
 
 
+def _leading(steps: tuple[Step, ...], tree: ParamTree) -> int:
+    """How many of the first steps lead somewhere."""
+    cuts = range(1, len(steps) + 1)
+    return bisect.bisect_left(cuts, True, key=lambda cut: not find(Pattern(steps[:cut]), tree))
+
+
 def _reached(steps: tuple[Step, ...], tree: ParamTree) -> list[int]:
     if not steps:
         return [0]
@@ -269,7 +293,7 @@ def _reached(steps: tuple[Step, ...], tree: ParamTree) -> list[int]:
 
 def _reached_at_least(pattern: Pattern, tree: ParamTree) -> int | None:
     """The first node that a pattern reaches before it goes astray; None if that is the root."""
-    for cut in range(len(pattern.steps) - 1, 0, -1):
+    for cut in range(min(_leading(pattern.steps, tree), len(pattern.steps) - 1), 0, -1):
         if pattern.steps[cut - 1] is not ANY_DEPTH:
             nodes = [n for n in find(Pattern(pattern.steps[:cut]), tree) if tree.children[n]]
             if nodes:

@@ -22,6 +22,7 @@ from lrmult._patterns import (
     Names,
     Pattern,
     Span,
+    check_magnitude,
     parse,
     pattern_from_tuple,
     position_from_python,
@@ -267,7 +268,9 @@ def _read_axis(axis: Any) -> int:
     try:
         if isinstance(axis, bool | np.bool_):
             raise TypeError
-        return operator.index(axis)
+        number = operator.index(axis)
+        check_magnitude(number)
+        return number
     except TypeError:
         raise AxisError(f"{show(axis)} is no axis; write an int, such as 0 or -1") from None
 
@@ -276,6 +279,7 @@ def _read_index(index: Any) -> Index:
     if isinstance(index, slice):
         return position_from_python(index)
     if isinstance(index, numbers.Integral) and not isinstance(index, bool | np.bool_):
+        check_magnitude(int(index))
         return int(index)
     readable = not isinstance(index, str | bytes | set | frozenset)
     found = _concrete(index) if readable else None
@@ -400,7 +404,9 @@ def show_target(target: Target) -> str:
     if isinstance(target, slice):
         return show(slice(*map(_plain, (target.start, target.stop, target.step))))
     if isinstance(target, tuple):
-        shown = [show_target(part) for part in target[:20]] + ["..."] * (len(target) > 20)
+        # A tuple in a tuple is no target, and may hold itself many times over.
+        shown = [show(p) if isinstance(p, tuple) else show_target(p) for p in target[:20]]
+        shown += ["..."] * (len(target) > 20)
         return shorten(f"({', '.join(shown)}{',' * (len(target) == 1)})")
     if callable(target) and not isinstance(target, type):
         name = getattr(target, "__qualname__", None)

@@ -39,6 +39,9 @@ def scale_by_rules(
     * Of an array that is frozen in part, the rest trains as ever. On CPU, where XLA flushes
       subnormal numbers in every addition, its frozen subnormal weights are flushed.
 
+    Inside `jax.shard_map` rules see the block of an array that a device holds: a part along an axis
+    that is split there is counted within each block, so apply such rules outside of it.
+
     Wrappers that make updates of their own add ``+0.0`` all the same: `optax.MultiSteps` while it
     accumulates, and `optax.apply_if_finite` when it rejects a step.
 

@@ -16,7 +16,7 @@ from lrmult._regions import Mask
 from lrmult._rules import Rules, RulesLike
 from lrmult._running import RulesState, RunTime
 from lrmult._scaling import scale
-from lrmult._states import check_state
+from lrmult._states import check_state, explain_failure
 from lrmult._structure import Structure, read_structure
 from lrmult._view import View
 
@@ -87,7 +87,8 @@ def wrap(
             `compile_rules` raises. ``init`` raises a RuleError if it sees a multiplier that is
             attached to an array (see `attach`) and no rule that speaks of it; ``update`` if its
             state was made for other rules, as far as that shows: by which arrays train, or in the
-            compact form by shapes.
+            compact form by shapes; or if the optimizer fails and its state, the updates and the
+            parameters are not for one tree.
 
     Example:
         >>> import jax
@@ -145,12 +146,18 @@ def wrap(
         of_updates = seen
         if jax.tree.structure(updates) != seen.plan.treedef:
             of_updates = view(updates, at.packed)
-        narrow, inner_state = inner.update(
-            of_updates.narrow(updates),
-            state.inner_state,
-            None if params is None else seen.narrow(params),
-            **_translated(extra_args, of_updates, seen, params),
-        )
+        try:
+            narrow, inner_state = inner.update(
+                of_updates.narrow(updates),
+                state.inner_state,
+                None if params is None else seen.narrow(params),
+                **_translated(extra_args, of_updates, seen, params),
+            )
+        except (TypeError, ValueError) as error:  # what JAX raises where trees are unlike
+            cause = explain_failure(inner, seen, given, updates, entries(state.inner_state))
+            if cause is None:
+                raise
+            raise RuleError(cause) from error
         scaled = [
             scale(leaf, scales, *at)
             for leaf, scales in zip(

@@ -1,7 +1,5 @@
 """What parts and schedules may cost whatever the machine: constants, state, calls, traces."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,26 +7,11 @@ import optax
 import pytest
 
 import lrmult as lm
+from tests.programs import constants
+from tests.versions import enable_x64
 
 LARGEST_CONSTANT = 2**16
 MATRIX = (4096, 16384)
-
-CONSTANT = re.compile(
-    r"stablehlo\.constant dense(_resource)?<(.)[^\n]*> : tensor<((?:\d+x)*)(complex<)?[a-z]+(\d+)"
-)
-
-
-def constants(lowered):
-    """The bytes of each constant of a lowered program; 0 for one value repeated."""
-    text = lowered.as_text()
-    found = CONSTANT.findall(text)
-    assert len(found) == len(re.findall(r"stablehlo\.constant|dense_resource<", text))
-    sizes = []
-    for resource, first, shape, is_complex, bits in found:
-        count = int(np.prod([int(size) for size in shape.split("x")[:-1]], dtype=int))
-        size = count * max(int(bits) // 8, 1) * (2 if is_complex else 1)
-        sizes.append(size if resource or first in '["' else 0)
-    return sizes
 
 
 def spec(*shape):
@@ -117,7 +100,7 @@ def test_a_long_axis_is_ruled_eagerly_too(name):
 
 @pytest.mark.parametrize("dtype", ["float64", "complex128"])
 def test_wide_numbers_are_small_constants(dtype):
-    with jax.enable_x64(True):
+    with enable_x64(True):
         params = {"w": jax.ShapeDtypeStruct(MATRIX, jnp.dtype(dtype))}
         for kinds in (7, 20):
             rules = [(lm.along("w", 1, slice(i, None, kinds)), 1 + i) for i in range(kinds)]
@@ -268,7 +251,7 @@ KINDS = {
 @pytest.mark.parametrize("x64", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_dtype_changes(kind, x64, jit):
-    with jax.enable_x64(x64):
+    with enable_x64(x64):
         dtypes = DTYPES + ["float64", "complex128"] * x64
         grads = {name: [jnp.ones((4, 8), dtype) for dtype in dtypes] for name in "abcd"}
         tx = lm.scale_by_rules(many_parts(*KINDS[kind]()))

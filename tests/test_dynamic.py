@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import lrmult as lm
+from tests.versions import enable_x64
 
 PARAMS = {"head": {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}, "trunk": jnp.full(4, -0.0)}
 GRADS = jax.tree.map(lambda p: jnp.arange(1.0, p.size + 1).reshape(p.shape), PARAMS)
@@ -179,7 +180,7 @@ def test_a_value_of_zero_multiplies():
 @pytest.mark.parametrize("optimizer", [optax.adam, optax.sgd, optax.adamw])
 def test_the_derivative_with_respect_to_multipliers(optimizer):
     """The loss after three steps, against finite differences."""
-    with jax.enable_x64(True):
+    with enable_x64(True):
         rng = np.random.default_rng(0)
         params = {
             "fc": {"kernel": jnp.asarray(rng.normal(size=(4, 6)))},

@@ -114,6 +114,28 @@ def test_recurrent(tmp_path):
     assert cut == [0, 0, 0]
 
 
+def test_sharded(tmp_path):
+    text = output_of("sharded.py", tmp_path)
+    assert re.search(r"Dense_2/kernel .+ 1: neurons\('Dense_2', slice\(None, 128\)\)", text)
+    rows = {
+        (name, int(devices)): [float(number) for number in numbers.split()]
+        for name, devices, numbers in re.findall(
+            r"^(AdamW|with rules) +([18])((?: +[\d.]+){5})%$", text, re.MULTILINE
+        )
+    }
+    plain, ruled = rows["AdamW", 8], rows["with rules", 8]
+    assert plain[0] < rows["AdamW", 1][0] / 7.5  # each device keeps its share
+    assert plain[0] == ruled[0]
+    assert ruled[1] < plain[1] / 4  # the moments
+    assert plain[2] == ruled[2] > 0  # gathered
+    assert 0 < ruled[3] < plain[3] / 2  # summed
+    assert ruled[4] == rows["with rules", 1][4] > 80
+    differences = re.findall(r"losses of one device and eight differ by (.+)$", text, re.MULTILINE)
+    assert len(differences) == 2
+    assert max(map(float, differences)) < 1e-4
+    assert "115,328 frozen numbers, split among eight devices, kept every bit" in text
+
+
 def test_fixed_kernels(tmp_path):
     text = output_of("fixed_kernels.py", tmp_path)
     assert re.search(r"^conv1 .+ 80 +frozen +0: 'conv1'$", text, re.MULTILINE)  # the plan's table
@@ -191,6 +213,33 @@ def test_lora_plus(tmp_path):
     assert [int(ratio) for ratio, _ in found] == [1, 4, 16, 64]
     assert min(float(rate) for _, rate in found) > 80
     assert float(re.search(r"upright, ([\d.]+)% sideways", text)[1]) < 40  # before
+
+
+def test_precompute(tmp_path):
+    text = output_of("precompute.py", tmp_path, "--epochs", "8")
+    assert re.search(r"^trunk .+ 104,880 +frozen +0: 'trunk'$", text, re.MULTILINE)  # the plan
+    assert re.search(r"^.*Net/trunk/norm +float32\[64,48\] +192$", text, re.MULTILINE)  # the cut
+    assert "The linear probe needs the same features" in text
+    examples, numbers, label = 704, 48, 4
+    sizes = [f"{examples * (numbers * size + label):,}" for size in (4, 2)]
+    assert f"float32, in memory      {sizes[0]} bytes" in text
+    assert "bfloat16, in files      320 of 704 images, then a stop" in text
+    assert f"the same once more      {sizes[1]} bytes, as if there had been no stop" in text
+    found = re.findall(
+        r"^  (images|features|features in bfloat16) +(\d[\d.% e-]+)$", text, re.MULTILINE
+    )
+    cells = [[float(x.strip("%")) for x in line.split()] for _, line in found]
+    ways = [way for way, _ in found]
+    assert ways == 2 * ["images", "features", "features in bfloat16"]
+    for images, wide, narrow in (cells[:3], cells[3:]):
+        assert max(wide[0], narrow[0]) < 0.01 * images[0]  # FLOPs
+        assert min(wide[2], narrow[2]) > 2  # times as fast
+        assert images[2] > 75  # accuracy; a fifth is chance
+        assert abs(wide[3] - images[2]) < 1
+        assert max(wide[4:]) < 1e-5  # differences of losses and weights
+        assert 0 < narrow[4] < 0.1
+    assert "In all 6 runs the trunk kept every bit." in text
+    assert "FeaturesError: the features are out of date: 'trunk/Conv_0/bias' changed" in text
 
 
 def test_the_file_of_rules_fits_its_model():

@@ -5,6 +5,7 @@ import pathlib
 import pickle
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -56,6 +57,15 @@ ORDER = (
     "_subarrays",
     "_resolving",
     "_edit",
+    "_work",
+    "_programs",
+    "_cuts",
+    "_splitting",
+    "_arguments",
+    "_precompute",
+    "_stability",
+    "_feature_files",
+    "_features",
     "_checkpoints",
     "_command_line",
     "__main__",
@@ -67,8 +77,10 @@ ORDER = (
 def test_the_public_names():
     assert sorted(lm.__all__) == [
         "AxisError",
+        "CachedFeatures",
         "Claim",
         "During",
+        "FeaturesError",
         "FrozenError",
         "IndexRangeError",
         "LeafPlan",
@@ -79,6 +91,7 @@ def test_the_public_names():
         "PatternError",
         "Plan",
         "PositionError",
+        "Precomputed",
         "Rule",
         "RuleError",
         "Rules",
@@ -99,6 +112,7 @@ def test_the_public_names():
         "of_type",
         "optional",
         "paths",
+        "precompute",
         "recipes",
         "replace",
         "rows",
@@ -194,6 +208,17 @@ def test_the_names_are_there_when_they_are_asked_for():
     code = "from lrmult import *; print(wrap, RuleError('x').__class__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "<class 'lrmult.RuleError'>" in done.stdout
+
+
+def test_the_oldest_versions_are_those_that_are_tested():
+    """What CI installs as the oldest is what pyproject.toml says is enough."""
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + project["optional-dependencies"]["test"]
+    bounds = dict(name.split(">=") for name in wanted if ">=" in name)
+    pins = (PACKAGE.parent / ".ci" / "oldest.txt").read_text().splitlines()
+    for name, version in (line.split("==") for line in pins if not line.startswith("#")):
+        if name != "jaxlib":
+            assert (version + ".0").startswith(bounds[name] + "."), name
 
 
 def test_it_is_typed():

@@ -19,6 +19,7 @@ import pytest
 from flax import linen as nn
 
 import lrmult as lm
+from tests.versions import enable_x64
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "torch.json"
 STEPS, BATCH = 50, 32
@@ -191,7 +192,7 @@ def check_same(found, wanted, tolerance):
 
 @pytest.mark.parametrize("optimizer", RATE)
 def test_the_weights_are_those_of_torch(optimizer):
-    with jax.enable_x64(True):
+    with enable_x64(True):
         chained, wrapped = train_with_optax(
             optax.chain(optimizer_of(optimizer), lm.scale_by_rules(RULES)),
             lm.wrap(optimizer_of(optimizer), RULES),

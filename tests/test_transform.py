@@ -12,6 +12,7 @@ import pytest
 
 import lrmult as lm
 from tests.devices import printed_on_four_devices
+from tests.versions import enable_x64
 
 RULES = [("trunk", None), ("slow", 0.1), ("fast", 3), ("back", -0.5)]
 OPTIMIZERS = {
@@ -116,7 +117,7 @@ def test_a_frozen_update_is_negative_zero(jit):
     ["float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "complex64", "float64"],
 )
 def test_dtypes_are_kept(dtype, jit):
-    with jax.enable_x64(dtype == "float64"):
+    with enable_x64(dtype == "float64"):
         grads = {name: jnp.ones(3, dtype) for name in ("trunk", "slow", "fast", "back", "free")}
         tx = lm.scale_by_rules(RULES)
         out, _ = (jax.jit(tx.update) if jit else tx.update)(grads, optax.EmptyState())
@@ -144,7 +145,7 @@ def test_small_floats_are_rounded_once(dtype, multiplier, jit):
 
 
 def test_f64_is_scaled_in_f64():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         out, _ = lm.scale_by_rules(0.1).update(jnp.array([1.0, 3.0]), optax.EmptyState())
         np.testing.assert_array_equal(out, np.array([0.1, 3 * 0.1]))
 

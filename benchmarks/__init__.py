@@ -1,0 +1,1 @@
+"""What lrmult costs and saves; ``python -m benchmarks`` measures all of it."""

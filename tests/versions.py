@@ -1,0 +1,6 @@
+"""What the oldest supported versions call otherwise than the newest."""
+
+import jax
+import jax.experimental
+
+enable_x64 = getattr(jax, "enable_x64", None) or jax.experimental.enable_x64
