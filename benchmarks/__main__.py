@@ -34,7 +34,7 @@ class Benchmark(NamedTuple):
 
 BENCHMARKS = [
     Benchmark("updates", ("--quick", "--pairs", "7")),
-    Benchmark("compile_rules", ("--pairs", "3", "--quick")),
+    Benchmark("compile_rules", ("--pairs", "3", "--few", "1", "--trees", "transformer")),
     Benchmark("parts", None, has_json=False),
     Benchmark("freezing", ("--only", "head", "--variants", "step", "--pairs", "5")),
     Benchmark("precompute", ("--only", "linear layers", "--pairs", "3")),

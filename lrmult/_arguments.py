@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lrmult._errors import FeaturesError, listing
+from lrmult._levels import PyTree
 from lrmult._libraries import is_nnx_module, is_variable, loaded_equinox, loaded_nnx
-from lrmult._paths import ParamTree, PyTree
+from lrmult._paths import ParamTree
 from lrmult._scaling import explicit_sharding
 
 Abstract = jax.ShapeDtypeStruct

@@ -7,6 +7,7 @@ from typing import Any, TypeVar, cast
 import jax
 
 from lrmult._errors import LrmultError, MultiplierError, RuleError, shorten, show
+from lrmult._levels import PyTree
 from lrmult._libraries import (
     box_types,
     is_linen_module,
@@ -24,7 +25,6 @@ from lrmult._modules import (
     walk,
 )
 from lrmult._multipliers import Multiplier, is_array, read_multiplier, show_multiplier
-from lrmult._paths import PyTree
 from lrmult._patterns import escape
 from lrmult._plan import cached_plan
 from lrmult._rules import Rule, Rules

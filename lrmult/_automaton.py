@@ -5,9 +5,10 @@ bits of one Python int (the Shift-And method of Baeza-Yates and Gonnet, 1992). M
 segment costs a few operations on such ints, whatever the number of rules.
 """
 
-import bisect
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
 
 from lrmult._patterns import At, Glob, Indexed, Names, Pattern, Position, Step
 from lrmult._targets import Selector
@@ -78,45 +79,65 @@ class Automaton:
         return states | (states & self.any_depth) << 1
 
     def expecting(self, names: Iterable[str]) -> dict[str, int]:
-        """For each name, the states that wait for that name, with a position or without."""
-        vocabulary = _Vocabulary(names)
-        expecting = dict.fromkeys(vocabulary.names, 0)
-        for name in self._literals.keys() & expecting.keys():
-            expecting[name] = self._literals[name]
-        for glob, states in self._globs.items():
-            for name in vocabulary.matching(glob):
-                expecting[name] |= states
+        """The states that wait for each of some names, with a position or without, if any do."""
+        distinct = set(names)
+        expecting = {name: self._literals[name] for name in self._literals.keys() & distinct}
+        for glob, name in _candidates(self._globs, [*distinct]):
+            if glob.match(name):
+                expecting[name] = expecting.get(name, 0) | self._globs[glob]
         return expecting
 
 
-class _Vocabulary:
-    """The distinct names of a tree, in order and as one text, so that a glob is tried on few."""
+_LONGEST = 4  # of the pieces of text by which names are found
+_BUCKETS = 1 << 16
 
-    def __init__(self, names: Iterable[str]) -> None:
-        self.names = sorted(set(names))
-        self._text = "\0".join(["", *self.names, ""])
-        lengths = (len(name) + 1 for name in self.names)
-        self._starts = list(itertools.accumulate(lengths, initial=0))
 
-    def matching(self, glob: Glob) -> Iterator[str]:
-        """The names that match a glob."""
-        return filter(glob.match, self._candidates(glob))
+def _candidates(globs: Iterable[Glob], names: Sequence[str]) -> Iterator[tuple[Glob, str]]:
+    """Globs with names that they may match, each pair once: all that do match, and few others.
 
-    def _candidates(self, glob: Glob) -> Iterator[str]:
-        first, *_, last = glob.parts
-        longest = max(glob.parts, key=len)
-        if first or not longest:
-            start = bisect.bisect_left(self.names, first)
-            yield from itertools.takewhile(
-                lambda name: name.startswith(first), itertools.islice(self.names, start, None)
-            )
-            return
-        needle = f"{last}\0" if last else longest
-        if "\0" in longest:  # a name might hold the separator itself
-            yield from self.names
-            return
-        at = self._text.find(needle)
-        while at >= 0:
-            index = bisect.bisect_right(self._starts, at) - 1
-            yield self.names[index]
-            at = self._text.find(needle, self._starts[index + 1])
+    Of the longest fixed text of each glob, that piece is looked up which is rarest in the names.
+    All pieces of one length are found in one pass over all names (as Rabin and Karp, 1987, search
+    for several texts at once).
+    """
+    texts: dict[int, dict[Glob, str]] = {}  # by the length of a piece
+    for glob in globs:
+        first, *middle, last = glob.parts
+        outer = (f"\0{first}" if first else "", f"{last}\0" if last else "")
+        text = max(*outer, *middle, key=len)
+        if text:
+            texts.setdefault(min(len(text), _LONGEST), {})[glob] = text
+        else:
+            yield from ((glob, name) for name in names)
+    if not texts:
+        return
+    letters = _letters("\0".join(["", *names, ""]))
+    ends = np.cumsum(np.fromiter(map(len, names), int, len(names)) + 1)
+    for length, group in texts.items():
+        hashes = _hashes(letters, length)
+        counts = np.bincount(hashes, minlength=_BUCKETS)
+        wanted: dict[int, list[Glob]] = {}
+        own, at = _hashes(_letters("".join(group.values())), length), 0
+        for glob, text in group.items():
+            rarest = at + counts[own[at : at + len(text) - length + 1]].argmin()
+            wanted.setdefault(int(own[rarest]), []).append(glob)
+            at += len(text)
+        is_wanted = np.zeros(_BUCKETS, np.bool_)
+        is_wanted[[*wanted]] = True
+        places = np.flatnonzero(is_wanted[hashes])
+        owners = np.searchsorted(ends, places, side="right")
+        found = zip(hashes[places].tolist(), owners.tolist(), strict=True)
+        for piece, owner in dict.fromkeys(found):
+            if owner < len(names):  # the last piece may begin at the end of all
+                yield from ((glob, names[owner]) for glob in wanted[piece])
+
+
+def _letters(text: str) -> Any:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+
+
+def _hashes(letters: Any, length: int) -> Any:
+    """A number below `_BUCKETS` for each piece of a text."""
+    found = np.zeros(max(len(letters) - length + 1, 0), np.uint32)
+    for first in range(length):
+        found = found * 0x9E3779B1 + letters[first : first + len(found)]
+    return found * 0x9E3779B1 >> 16

@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lrmult._errors import LrmultError, listing, shorten, show, spec
-from lrmult._paths import PyTree
+from lrmult._levels import PyTree
 from lrmult._patterns import escape
 from lrmult._resolving import Resolver
 

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from lrmult._errors import RuleError, show
-from lrmult._paths import PyTree
+from lrmult._levels import PyTree
 from lrmult._plan import cached_plan, warned
 from lrmult._rules import Rules, RulesLike
 from lrmult._running import AtStep, RunTime

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lrmult._errors import LrmultError, RuleError, UnmatchedRuleError, listing, show, spec
+from lrmult._levels import PyTree
 from lrmult._libraries import box_types
-from lrmult._paths import PyTree, is_array
+from lrmult._paths import is_array
 from lrmult._patterns import literal_path
 from lrmult._resolving import Chosen, Resolver
 from lrmult._structure import Structure, told_of_another

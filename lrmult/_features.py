@@ -19,8 +19,8 @@ import numpy.typing as npt
 from lrmult._arguments import abstract, number_of_examples, paths_of
 from lrmult._errors import FeaturesError, in_bytes, listing, show, spec
 from lrmult._feature_files import FeatureFiles
+from lrmult._levels import PyTree
 from lrmult._marks import fingerprint
-from lrmult._paths import PyTree
 from lrmult._precompute import Precomputed
 from lrmult._splitting import Feature
 from lrmult._stability import ONCE, by_example, check_program, check_trial, trial_batches

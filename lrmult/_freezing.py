@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from lrmult._errors import FrozenError, RuleError, listing, spec
+from lrmult._levels import PyTree
 from lrmult._libraries import is_nnx_module, is_variable, loaded_nnx
 from lrmult._parts import Parts
-from lrmult._paths import ParamTree, PyTree, is_array
+from lrmult._paths import ParamTree, is_array
 from lrmult._plan import cached_plan, warned
 from lrmult._rules import Rules, RulesLike
 from lrmult._running import RunTime

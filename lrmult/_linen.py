@@ -12,9 +12,9 @@ import flax.struct
 import jax
 from flax.core import meta
 
+from lrmult._levels import entries
 from lrmult._modules import Segments, members
 from lrmult._multipliers import Multiplier
-from lrmult._paths import entries
 
 
 class Attached(flax.struct.PyTreeNode, meta.AxisMetadata[Any]):  # type: ignore[no-untyped-call]

@@ -162,18 +162,41 @@ class _Asked:
         )
 
 
+class _State(dict[str, "_State"]):
+    """What is known at a node of a tree; by name, the states of children that have been asked for.
+
+    Attributes:
+        waiting: the states of the automaton that wait there.
+        matched: the rules that match the node or one above it.
+        lasting: the state of a child that nothing waits for by its name.
+        is_asking: whether a position is to be followed from there.
+    """
+
+    __slots__ = ("is_asking", "lasting", "matched", "waiting")
+
+    waiting: int
+    matched: tuple[int, ...]
+    lasting: "_State"
+    is_asking: bool
+
+
 class _Walk:
-    """One run of the automaton over a tree, from the root downwards."""
+    """One run of the automaton over a tree, from the root downwards.
+
+    Nodes at which the same is known share one state, so that most nodes are looked up by their name
+    in the state above them.
+    """
 
     def __init__(self, automaton: Automaton, tree: ParamTree) -> None:
         self.automaton = automaton
         self.tree = tree
-        self.active = [0] * len(tree.names)  # per node, the states that wait there
-        # Per node, the rules that match it or a node above it.
-        self.matched: list[tuple[int, ...]] = [()] * len(tree.names)
+        self.matched: list[tuple[int, ...]] = []  # per node
         self.in_holes: dict[int, set[tuple[int, ...]]] = {}
         self.unresolved: dict[int, LrmultError] = {}
         self.errors: dict[int, LrmultError] = {}
+        self._at: list[_State] = []  # per node
+        self._states: dict[tuple[int, tuple[int, ...]], _State] = {}
+        self._expecting: dict[str, int] = {}
         self._resolved: dict[int, int] = {}  # node -> the states that a position leads to there
         self._accepted: dict[int, tuple[int, ...]] = {}  # the rules of accepting states
         self._merged: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[int, ...]] = {}
@@ -181,40 +204,80 @@ class _Walk:
 
     def run(self) -> None:
         """Visit every node."""
-        automaton, active, matched = self.automaton, self.active, self.matched
-        names = [*self.tree.names, *itertools.chain.from_iterable(self.tree.order.values())]
+        automaton, tree = self.automaton, self.tree
+        names = [*tree.names, *itertools.chain.from_iterable(tree.order.values())]
         if automaton.indexed:
             names = [*names, *itertools.chain.from_iterable(map(base_names, stems(names)))]
-        expecting = automaton.expecting(names)
-        unaccepting = ~automaton.accept
-        self._arrive(0, automaton.close(automaton.start), ())
-        stacks, resolved = self.tree.layers, self._resolved
-        for node, children in enumerate(self.tree.children):
-            states = active[node]
-            if not children and not states & automaton.at and node not in stacks:
-                continue
-            for bit in bits(states & automaton.at):
-                self._follow(node, None, bit)
-            by_name = states & automaton.indexed
-            if by_name:
-                for name in self._orders.countable(node):
-                    for bit in bits(by_name & expecting[name]):
-                        self._follow(node, name, bit)
-                states ^= by_name
-            # What stays active below whatever the children are called.
-            lasting = automaton.close(states & automaton.any_depth) & unaccepting
-            known = matched[node]
-            for layer in stacks[node].values() if node in stacks else ():
-                if layer in resolved:
-                    self._arrive(layer, automaton.close(resolved[layer]), known)
-            for name, child in children.items():
-                moving = states & expecting[name]
-                if moving or child in resolved:
-                    reached = moving << 1 | resolved.get(child, 0)
-                    self._arrive(child, lasting | automaton.close(reached), known)
+        expecting = self._expecting = automaton.expecting(names)
+        apart = self._resolved  # the nodes that are more than the children of that name above
+        apart.update((layer, 0) for layers in tree.layers.values() for layer in layers.values())
+        at, parents = self._at, tree.parents
+        state = self._arrive(automaton.close(automaton.start), ())
+        for node, name in enumerate(tree.names):
+            if node:
+                above = at[parents[node]]
+                if node in apart:
+                    state = self._enter_apart(node, above, name)
+                elif name in expecting:
+                    found = above.get(name)
+                    state = self._enter(above, name) if found is None else found
                 else:
-                    active[child] = lasting
-                    matched[child] = known
+                    state = above.lasting
+            at.append(state)
+            if state.is_asking:
+                self._ask(node, state)
+        self.matched = [state.matched for state in at]
+
+    def _enter(self, above: _State, name: str, resolved: int = 0) -> _State:
+        """The state of a child; `resolved` are the states that positions lead to there."""
+        moving = above.waiting & ~self.automaton.indexed & self._expecting.get(name, 0)
+        if not (moving or resolved):
+            state = above.lasting
+        else:
+            reached = self.automaton.close(moving << 1 | resolved)
+            state = self._arrive(above.lasting.waiting | reached, above.matched)
+        if not resolved:
+            above[name] = state
+        return state
+
+    def _enter_apart(self, node: int, above: _State, name: str) -> _State:
+        """The state of a node that positions lead to, be it a child or a layer of a stack."""
+        resolved = self._resolved[node]
+        if not self.tree.is_layer(node):
+            return self._enter(above, name, resolved)
+        if resolved:
+            return self._arrive(self.automaton.close(resolved), above.matched)
+        return self._arrive(0, ())
+
+    def _arrive(self, states: int, known: tuple[int, ...]) -> _State:
+        """The state where some states of the automaton are reached below what is known."""
+        automaton = self.automaton
+        accepted = states & automaton.accept
+        if accepted:
+            rules = self._accepted.get(accepted)
+            if rules is None:
+                rules = self._accepted[accepted] = tuple(automaton.rules_of(accepted))
+            known = self.merge(known, rules) if known else rules
+        key = states ^ accepted, known
+        state = self._states.get(key)
+        if state is None:
+            state = self._states[key] = _State()
+            state.waiting, state.matched = key
+            state.is_asking = bool(state.waiting & (automaton.at | automaton.indexed))
+            # What stays active below whatever the children are called.
+            lasting = automaton.close(state.waiting & automaton.any_depth) & ~automaton.accept
+            state.lasting = state if lasting == state.waiting else self._arrive(lasting, known)
+        return state
+
+    def _ask(self, node: int, state: _State) -> None:
+        """Follow the positions that are asked of a node."""
+        automaton = self.automaton
+        for bit in bits(state.waiting & automaton.at):
+            self._follow(node, None, bit)
+        by_name = state.waiting & automaton.indexed
+        for name in self._orders.countable(node) if by_name else ():
+            for bit in bits(by_name & self._expecting.get(name, 0)):
+                self._follow(node, name, bit)
 
     def add(self, rule: int, selector: OfType) -> None:
         """Note what a rule matches that names nodes by their exact paths."""
@@ -233,17 +296,8 @@ class _Walk:
 
     def note_hole(self, rule: int, node: int) -> None:
         """Note that a rule could match inside a hole, which lies at or below a node."""
-        self.in_holes.setdefault(rule, set()).add(self.matched[node])
-
-    def _arrive(self, node: int, states: int, known: tuple[int, ...]) -> None:
-        accepted = states & self.automaton.accept
-        self.active[node] = states ^ accepted
-        if accepted:
-            rules = self._accepted.get(accepted)
-            if rules is None:
-                rules = self._accepted[accepted] = tuple(self.automaton.rules_of(accepted))
-            known = self.merge(known, rules) if known else rules
-        self.matched[node] = known
+        matched = self.matched[node] if self.matched else self._at[node].matched
+        self.in_holes.setdefault(rule, set()).add(matched)
 
     def waiting_in_hole(self, node: int) -> int:
         """The states that could go on inside a hole of the tree.
@@ -251,10 +305,11 @@ class _Walk:
         Where a hole stands for one array, those do not count that wait everywhere below a `**`:
         no typo after a `**` would ever show in a module with a None.
         """
+        state = self._at[node]
         if node in self.tree.cut:
-            return self.active[node]
-        above = self.active[self.tree.parents[node]]
-        return self.active[node] & ~self.automaton.close(above & self.automaton.any_depth)
+            return state.waiting
+        above = self._at[self.tree.parents[node]].waiting
+        return state.waiting & ~self.automaton.close(above & self.automaton.any_depth)
 
     def merge(self, rules: tuple[int, ...], more: tuple[int, ...]) -> tuple[int, ...]:
         """Both in order; equal results are one object."""

@@ -9,8 +9,9 @@ import numpy as np
 import optax
 
 from lrmult._errors import RuleError, show
+from lrmult._levels import PyTree, entries
 from lrmult._parts import Parts
-from lrmult._paths import PyTree, entries, is_array
+from lrmult._paths import is_array
 from lrmult._plan import cached_plan, warned
 from lrmult._rules import Rules, RulesLike
 from lrmult._running import RulesState, RunTime

@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
+from lrmult._levels import children_of, entries
 from lrmult._libraries import box_types, is_variable, loaded_equinox, loaded_nnx
-from lrmult._paths import children_of, entries, is_array
+from lrmult._paths import is_array
 
 Segments: TypeAlias = tuple[str, ...]
 

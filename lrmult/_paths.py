@@ -1,25 +1,23 @@
 """The paths of a parameter tree, in one dialect for every library.
 
-`ParamTree` reads a pytree once: its arrays, what encloses them, and the holes in it. Nothing else
-in the package looks at JAX key paths.
+`ParamTree` reads a pytree once: its arrays, what encloses them, and the holes in it.
 """
 
 import collections
 import functools
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from optax import MaskedNode
 
 from lrmult._errors import RuleError, shorten, spec
-from lrmult._libraries import box_types, loaded_equinox
+from lrmult._levels import PyTree, Reading, entries, read, segments_of
+from lrmult._libraries import loaded_equinox
 from lrmult._patterns import escape
 
-PyTree: TypeAlias = Any
-KeyPath: TypeAlias = tuple[Any, ...]
+Flat: TypeAlias = tuple[Sequence[Any], Any]  # the leaves of a tree, and its structure
 
 
 class ParamTree:
@@ -32,7 +30,6 @@ class ParamTree:
         treedef: the structure of the tree as JAX sees it.
         names: per node, its segment as the tree has it.
         parents: per node, the node above it.
-        children: per node, the nodes below it by name.
         holes: the nodes where something may have been cut out: ``None``, `optax.MaskedNode`.
         cut: those of them where that may be a whole subtree, not only one array. A ``None`` in the
             field of a module is one array: Equinox filters leaf by leaf.
@@ -49,11 +46,11 @@ class ParamTree:
         is_read: whether facts were read from a model, not only given by hand.
     """
 
-    def __init__(self, params: PyTree) -> None:
-        self.treedef: Any = None
+    def __init__(self, params: PyTree, flat: Flat | None = None) -> None:
+        """Read a tree; `flat` is what `jax.tree.flatten` made of it, where that is at hand."""
+        leaves, self.treedef = flat or jax.tree.flatten(params)
         self.names: list[str] = [""]
         self.parents: list[int] = [0]
-        self.children: list[dict[str, int]] = [{}]
         self.holes: set[int] = set()
         self.cut: set[int] = set()
         self.places: list[int | None] = []
@@ -65,53 +62,71 @@ class ParamTree:
         self.layers: dict[int, dict[str, int]] = {}
         self.slices: dict[int, dict[int, dict[int, int]]] = {}
         self._stacked: set[int] = set()  # the nodes that stand for layers
-        self._read(params)
+        self._children: list[dict[str, int]] | None = None
+        self._read(params, leaves)
         self._size = len(self.names)
 
-    def _read(self, params: PyTree) -> None:
-        """Fill the lists. This loop is most of what compiling rules costs."""
-        names, parents, children = self.names, self.parents, self.children
-        previous: KeyPath = ()
-        nodes = [0]  # along the previous path
-        found, treedef = _flatten(params, box_types())
-        self.treedef = treedef or jax.tree.structure(params)
-        for path, value in found:
-            shared = 0
-            for key, before in zip(path, previous, strict=False):
-                if key is not before:  # JAX makes one key for all paths through it
-                    break
-                shared += 1
-            del nodes[shared + 1 :]
-            node = nodes[-1]
-            for key in path[shared:]:
-                field = _FIELDS.get(type(key))  # `_segments_of` in place: this is the inner loop
-                name = getattr(key, field) if field else key
-                if type(name) is not str:
-                    name = str(name)
-                for segment in name.split("/") if "/" in name else (name,):
-                    below = children[node]
-                    child = below.get(segment)
-                    if child is None:
-                        child = len(names)
-                        if below is _CHILDLESS:
-                            below = children[node] = {}
-                        below[segment] = child
-                        names.append(segment)
-                        parents.append(node)
-                        children.append(_CHILDLESS)
-                    node = child
-                nodes.append(node)
-            previous = path
-            if value is None or type(value) is MaskedNode:
-                self.holes.add(node)
-                if value is not None or not path or type(path[-1]) is not jax.tree_util.GetAttrKey:
-                    self.cut.add(node)
-                continue
-            shape, dtype = shape_and_dtype(value)
-            self.shapes.append(shape)
-            self.dtypes.append(dtype)
-            self.places.append(None if dtype is None else node)
+    def _read(self, params: PyTree, leaves: Sequence[Any]) -> None:
+        reading = read(params)
+        self.names, self.parents = reading.names, reading.parents
+        self.holes, self.cut, ends = reading.holes, reading.cut, reading.ends
+        if self.holes:
+            ends = [end for end in ends if end not in self.holes]
+        if not reading.is_plain:
+            nodes = self._rename(reading)
+            ends = [nodes[end] for end in ends]
+            self.holes = {nodes[hole] for hole in self.holes}
+            self.cut = {nodes[hole] for hole in self.cut}
+        specs = [shape_and_dtype(leaf) for leaf in leaves]
+        self.shapes = [shape for shape, _ in specs]
+        self.dtypes = [dtype for _, dtype in specs]
+        self.places = [
+            None if dtype is None else end for end, dtype in zip(ends, self.dtypes, strict=True)
+        ]
         self._check_paths()
+
+    def _rename(self, reading: Reading) -> dict[int, int]:
+        """Split the names that hold a slash, and leave out boxes and containers of nothing.
+
+        Returns:
+            For each value that was read, its node.
+        """
+        self.names, self.parents = [""], [0]
+        nodes = {0: 0}
+        for end in reading.ends:
+            line = [end]
+            while line[-1] not in nodes:
+                line.append(reading.parents[line[-1]])
+            for above, value in itertools.pairwise(reversed(line)):
+                nodes[value] = self._descend(nodes[above], segments_of(reading.names[value]))
+        return nodes
+
+    @property
+    def children(self) -> list[dict[str, int]]:
+        """Per node, the nodes below it by name."""
+        if self._children is None:  # few trees are asked
+            children = [_CHILDLESS] * len(self.names)
+            for node, (name, above) in enumerate(zip(self.names, self.parents, strict=True)):
+                if children[above] is _CHILDLESS:
+                    children[above] = {}
+                if node:
+                    children[above][name] = node
+            self._children = children
+        return self._children
+
+    def _descend(self, node: int, segments: Iterable[str]) -> int:
+        """The node at the end of a path from another one, made where there is none."""
+        for segment in segments:
+            below = self.children[node]
+            if segment not in below:
+                if below is _CHILDLESS:
+                    below = self.children[node] = {}
+                below[segment] = len(self.names)
+                self.names.append(segment)
+                self.parents.append(node)
+                self.children.append(_CHILDLESS)
+            node = below[segment]
+        return node
 
     def _check_paths(self) -> None:
         arrays = [node for node in self.places if node is not None]
@@ -121,10 +136,10 @@ class ParamTree:
                 f"two arrays of the tree have the path {shorten(self.text(twice))!r} (a '/' inside "
                 "a key separates segments too); rename one of the keys"
             )
-        for below in filter(None, map(self.children.__getitem__, arrays)):
-            child = next(iter(below.values()))
+        for array in set(self.parents[1:]).intersection(arrays):
+            child = next(iter(self.children[array].values()))
             raise RuleError(
-                f"the tree has an array at {shorten(self.text(self.parents[child]))!r} and another "
+                f"the tree has an array at {shorten(self.text(array))!r} and another "
                 f"below it, at {shorten(self.text(child))!r}, so no text names the first alone; "
                 "rename a key"
             )
@@ -158,29 +173,16 @@ class ParamTree:
             return {}
         linear, convolution = nn.Linear, (nn.Conv, nn.ConvTranspose)
         skeleton = self.treedef.unflatten([None] * self.treedef.num_leaves)
-        modules = jax.tree_util.tree_flatten_with_path(
-            skeleton, is_leaf=lambda node: isinstance(node, (linear, *convolution))
-        )[0]
         found: dict[int, int] = {}
-        for path, module in modules:
-            node = self.node_at(itertools.chain.from_iterable(map(_segments_of, path)))
-            if node is not None:
+        for path, module in entries(skeleton, (linear, *convolution)).items():
+            node = self.node_at(path)
+            if node is not None and isinstance(module, (linear, *convolution)):
                 found[node] = 2 if isinstance(module, linear) else module.num_spatial_dims + 2
         return found
 
     def alias(self, leaf: int, segments: Iterable[str]) -> None:
         """Note that a path leads to an array that stands elsewhere in the tree."""
-        node = 0
-        for segment in segments:
-            below = self.children[node]
-            if segment not in below:
-                if below is _CHILDLESS:
-                    below = self.children[node] = {}
-                below[segment] = len(self.names)
-                self.names.append(segment)
-                self.parents.append(node)
-                self.children.append(_CHILDLESS)
-            node = below[segment]
+        node = self._descend(0, segments)
         self._size = len(self.names)
         self.aliases.setdefault(leaf, []).append(node)
 
@@ -201,6 +203,10 @@ class ParamTree:
             self.names[layer] = key
             self._stacked.add(layer)
         self.layers[node] = layers
+
+    def is_layer(self, node: int) -> bool:
+        """Whether a node stands for a layer of a stack."""
+        return node in self._stacked
 
     def stack_below(self, node: int, top: int) -> None:
         """Note that a node holds all arrays of a stack above it: its layers are the same."""
@@ -293,23 +299,7 @@ class ParamTree:
                 yield index, node
 
 
-# Where the keys of a JAX key path say what they are called.
-_FIELDS = {
-    jax.tree_util.DictKey: "key",
-    jax.tree_util.FlattenedIndexKey: "key",
-    jax.tree_util.GetAttrKey: "name",
-    jax.tree_util.SequenceKey: "idx",
-}
 _CHILDLESS: dict[str, int] = {}  # shared by all nodes that have no children, and never written to
-
-
-def _segments_of(key: Any) -> tuple[str, ...] | list[str]:
-    """What one key of a JAX key path adds to a path."""
-    field = _FIELDS.get(type(key))
-    name = getattr(key, field) if field else key
-    if type(name) is not str:
-        name = str(name)
-    return name.split("/") if "/" in name else (name,)
 
 
 def paths(params: PyTree) -> list[str]:
@@ -358,69 +348,3 @@ def shape_and_dtype(leaf: Any) -> tuple[tuple[int, ...], Any]:
 def is_array(leaf: Any) -> bool:
     """Whether something is an array or a number."""
     return shape_and_dtype(leaf)[1] is not None
-
-
-def children_of(node: PyTree) -> dict[tuple[str, ...], Any]:
-    """What stands directly below a node of a pytree, by the names on the way; boxes do not show."""
-    if isinstance(node, box_types()):
-        [(_, node)] = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda n: n is not node)[0]
-    found = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda n: n is not node)[0]
-    return {tuple(_segments_of(keys[0])): child for keys, child in found if keys}
-
-
-def entries(tree: PyTree) -> dict[tuple[str, ...], Any]:
-    """All that stands in a pytree, by the names along its path, in the order of its leaves.
-
-    Holes and containers without children are among it.
-    """
-    found, _ = _flatten(tree, box_types(), (tuple, list, dict))
-    return {
-        tuple(itertools.chain.from_iterable(map(_segments_of, path))): value
-        for path, value in found
-    }
-
-
-def _flatten(
-    tree: PyTree, boxes: tuple[type, ...], empty: tuple[type, ...] = ()
-) -> tuple[Iterable[tuple[KeyPath, Any]], Any]:
-    """Flatten with paths; holes are kept, and boxes leave no trace in the path.
-
-    Args:
-        tree: the tree.
-        boxes: the classes of boxes.
-        empty: the classes of containers that are kept where they have no children.
-
-    Returns:
-        Paths and values, and the structure of the tree; None in its place if there are holes or
-        boxes, which JAX does not take for leaves.
-    """
-    stop = (type(None), MaskedNode, *boxes)
-    found, treedef = jax.tree_util.tree_flatten_with_path(
-        tree, is_leaf=lambda node: isinstance(node, stop) or (isinstance(node, empty) and not node)
-    )
-    kinds = {type(value) for _, value in found}
-    if not any(issubclass(kind, stop) for kind in kinds):
-        return found, treedef
-    if not any(issubclass(kind, boxes) for kind in kinds):
-        return found, None
-    unboxed = itertools.chain.from_iterable(
-        _unbox(path, value, boxes, empty) if isinstance(value, boxes) else [(path, value)]
-        for path, value in found
-    )
-    return unboxed, None
-
-
-def _unbox(
-    path: KeyPath, box: Any, boxes: tuple[type, ...], empty: tuple[type, ...]
-) -> Iterator[tuple[KeyPath, Any]]:
-    children = jax.tree_util.tree_flatten_with_path(box, is_leaf=lambda node: node is not box)[0]
-    for keys, child in children:
-        if not keys:  # a box that JAX does not know
-            yield path, child
-            continue
-        [key] = keys
-        # Only the attribute of a box is dropped: attention has a real layer called "value".
-        owned = isinstance(key, jax.tree_util.GetAttrKey) and key.name == "value"
-        inner = path if owned else (*path, key)
-        for below, leaf in _flatten(child, boxes, empty)[0]:
-            yield (*inner, *below), leaf

@@ -257,6 +257,10 @@ def _tokens(text: str) -> list[_Token]:
     return tokens
 
 
+# What makes a text more than names and stars, or is a mistake in it.
+_MARKED: Final = re.compile(r"[\\{}\[\]]|[^/]\*\*|\*\*[^/]|//|^/|/\Z")
+
+
 @functools.lru_cache(maxsize=4096)
 def parse(text: str) -> Pattern:
     """Read the text of a target, such as ``"encoder/layers[:4]/**/bias"``.
@@ -267,6 +271,9 @@ def parse(text: str) -> Pattern:
     if not text.strip("/"):
         seen = f"{shorten(text)!r}" if text else "an empty text"
         raise PatternError(f"{seen} names nothing; write ... for everything")
+    if not _MARKED.search(text):  # what follows would take several times as long to say the same
+        plain = text.split("/")
+        return _pattern([ANY_DEPTH if s == "**" else Names((tuple(s.split("*")),)) for s in plain])
     segments: list[list[_Token]] = [[]]
     braces = 0
     for token in _tokens(text):

@@ -12,11 +12,12 @@ import optax
 
 from lrmult._checks import check
 from lrmult._claims import Matched, Pieces
+from lrmult._levels import PyTree
 from lrmult._libraries import is_nnx_module
 from lrmult._matching import match
 from lrmult._multipliers import Multiplier
 from lrmult._parts import Values, frozen_of, values_of
-from lrmult._paths import ParamTree, PyTree, shape_and_dtype
+from lrmult._paths import Flat, ParamTree, shape_and_dtype
 from lrmult._rules import Rules, RulesLike, show_rule
 from lrmult._scaling import Scales, is_frozen, scales_of
 from lrmult._structure import Structure, read_structure
@@ -311,15 +312,17 @@ def compile_rules(
         >>> plan.multipliers["head"]
         {'b': 2.0, 'w': 10.0}
     """
-    return warned(_compile(Rules(rules), params, read_structure(structure), strict), params)
+    read, facts = Rules(rules), read_structure(structure)
+    flat = jax.tree.flatten(params)
+    return warned(_compile(read, params, flat, facts, strict), params, flat[0])
 
 
-def warned(plan: Plan, params: PyTree = None) -> Plan:
+def warned(plan: Plan, params: PyTree = None, leaves: Sequence[Any] | None = None) -> Plan:
     """The plan, after a warning of each mistake in it, or in the tree, to the caller's caller."""
     tied = None
     # A module of NNX shares arrays on purpose, and lookahead's parameters are to come apart.
     if not (is_nnx_module(params) or isinstance(params, optax.LookaheadParams)):
-        leaves = jax.tree.leaves(params)
+        leaves = jax.tree.leaves(params) if leaves is None else leaves
         tied = tied_by_accident(plan.tree, leaves, lambda leaf: plan.trains[leaf])
     for message in (*plan.warnings, *filter(None, [tied])):
         warnings.warn(message, stacklevel=3)
@@ -390,14 +393,14 @@ def _plan_of(
 ) -> Plan:
     del read  # a part of the structure that its equality leaves out
     leaves = [_NO_ARRAY if spec[1] is None else jax.ShapeDtypeStruct(*spec) for spec in specs]
-    return _compile(rules, treedef.unflatten(leaves), structure, strict)
+    return _compile(rules, treedef.unflatten(leaves), (leaves, treedef), structure, strict)
 
 
 _NO_ARRAY = object()  # stands for leaves such as functions
 
 
-def _compile(rules: Rules, params: PyTree, structure: Structure, strict: bool) -> Plan:
-    tree = ParamTree(params)
+def _compile(rules: Rules, params: PyTree, flat: Flat, structure: Structure, strict: bool) -> Plan:
+    tree = ParamTree(params, flat)
     add_structure(tree, structure)
     matches = match([rule.selector for rule in rules], tree)
     matched = Matched(rules, tree, matches)

@@ -22,7 +22,7 @@ from lrmult._arguments import (
 )
 from lrmult._cuts import Examples
 from lrmult._errors import FeaturesError, show, spec
-from lrmult._paths import PyTree
+from lrmult._levels import PyTree
 from lrmult._plan import Plan, cached_plan, warned
 from lrmult._programs import Program, Still, Value, read
 from lrmult._rules import Rules, RulesLike

@@ -12,10 +12,11 @@ import numpy as np
 from lrmult._checks import mistakes
 from lrmult._claims import Matched
 from lrmult._errors import LrmultError, UnmatchedRuleError
+from lrmult._levels import PyTree, children_of
 from lrmult._libraries import is_module, is_nnx_module, loaded_nnx
 from lrmult._matching import find, match
 from lrmult._modules import members
-from lrmult._paths import ParamTree, PyTree, children_of
+from lrmult._paths import ParamTree
 from lrmult._patterns import At, Indexed, Pattern, Span, escape
 from lrmult._regions import Flags, Index
 from lrmult._rules import Rule, Rules

@@ -18,9 +18,9 @@ import numpy as np
 
 import lrmult.recipes as recipes
 from lrmult._errors import LrmultError, MultiplierError, PatternError, RuleError, show
+from lrmult._levels import PyTree
 from lrmult._multipliers import is_array, is_schedule
 from lrmult._of_type import OfType
-from lrmult._paths import PyTree
 from lrmult._patterns import Span
 from lrmult._regions import Flags, Index
 from lrmult._rules import Rule, Rules, name_rule

@@ -8,7 +8,8 @@ import numpy as np
 import optax
 
 from lrmult._errors import RuleError, listing, show
-from lrmult._paths import PyTree, entries, is_array
+from lrmult._levels import PyTree, entries
+from lrmult._paths import is_array
 from lrmult._plan import cached_plan
 from lrmult._rules import Rules
 from lrmult._view import View

@@ -203,16 +203,13 @@ def tied_by_accident(
 
     Whether a leaf trains is asked of these alone.
     """
+    kinds = {kind: _is_array_type(kind) for kind in set(map(type, leaves))}
+    arrays = [(leaf, array) for leaf, array in enumerate(leaves) if kinds[type(array)]]
+    if len({id(array) for _, array in arrays}) == len(arrays):
+        return None
     seen: dict[int, int] = {}  # of an object -> its first leaf
     tied: dict[int, list[str]] = {}  # first leaf -> paths
-    kinds: dict[type, bool] = {}  # whether the leaves of a type are arrays
-    for leaf, array in enumerate(leaves):
-        kind = type(array)
-        if kind not in kinds:  # to ask of each leaf would take a while
-            is_array = isinstance(array, jax.Array | np.ndarray)
-            kinds[kind] = is_array and not isinstance(array, jax.core.Tracer)
-        if not kinds[kind]:
-            continue
+    for leaf, array in arrays:
         first = seen.setdefault(id(array), leaf)
         one, other = tree.places[first], tree.places[leaf]
         is_told = one in tree.aliases.get(leaf, ())
@@ -229,3 +226,7 @@ def tied_by_accident(
         "come apart at the first step, unless the model ties them again. If it does, say so: "
         f"structure=lrmult.Structure(shared=[{group[:2]}])"
     )
+
+
+def _is_array_type(kind: type) -> bool:
+    return issubclass(kind, jax.Array | np.ndarray) and not issubclass(kind, jax.core.Tracer)

@@ -6,7 +6,7 @@ import jax
 import optax
 
 from lrmult._attached import check_covered
-from lrmult._paths import PyTree
+from lrmult._levels import PyTree
 from lrmult._plan import cached_plan, warned
 from lrmult._rules import Rules, RulesLike
 from lrmult._running import RunTime

@@ -9,8 +9,8 @@ import numpy as np
 from optax import MaskedNode
 
 from lrmult._errors import RuleError
+from lrmult._levels import PyTree
 from lrmult._libraries import box_types, loaded_nnx
-from lrmult._paths import PyTree
 from lrmult._plan import Plan
 from lrmult._regions import Mask
 from lrmult._scaling import Box, box_of, cut, is_opaque, put_back, select

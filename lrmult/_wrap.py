@@ -10,7 +10,7 @@ import optax
 
 from lrmult._attached import check_covered
 from lrmult._errors import RuleError, show
-from lrmult._paths import PyTree, entries
+from lrmult._levels import PyTree, entries
 from lrmult._plan import cached_plan, warned
 from lrmult._regions import Mask
 from lrmult._rules import Rules, RulesLike

@@ -28,9 +28,10 @@ from lrmult._errors import (
     listing,
     show,
 )
+from lrmult._levels import PyTree
 from lrmult._multipliers import Multiplier
 from lrmult._orders import Orders
-from lrmult._paths import ParamTree, PyTree
+from lrmult._paths import ParamTree
 from lrmult._patterns import literal_path
 from lrmult._plan import Plan, compile_rules
 from lrmult._rules import Rules, optional

@@ -18,6 +18,7 @@ ORDER = (
     "_regions",
     "_layouts",
     "_libraries",
+    "_levels",
     "_paths",
     "_modules",
     "_of_type",
