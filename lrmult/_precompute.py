@@ -246,7 +246,7 @@ class Precomputed:
         closed = jax.make_jaxpr(flat)(arrays, batch, args)
         avals = closed.in_avals
         count = len(arrays), len(jax.tree.leaves(batch))
-        inputs = [_param(*each) for each in zip(avals, *zip(*facts, strict=True), strict=False)]
+        inputs = [_param(aval, *each) for aval, each in zip(avals, facts, strict=False)]
         inputs += [Value(aval, known=True, of_batch=True) for aval in avals[count[0] :][: count[1]]]
         inputs += [_argument(aval, place) for place, aval in enumerate(avals[sum(count) :])]
         return read(closed, inputs), results[0]

@@ -100,7 +100,9 @@ class Split:
         stored = [values[0] for values in self._stored]
         stops = frozenset().union(*self._stored)
         self.front_ops, reads = needed(program.ops, stored, frozenset(), True)
-        self.rest_ops, _ = needed(program.ops, program.outputs, stops, False)
+        self.rest_ops, read = needed(program.ops, program.outputs, stops, False)
+        if any(program.inputs[i] in read - stops for i in self._batch):
+            raise FeaturesError(_OTHER)
         self.front_params = [i for i in range(params) if program.inputs[i] in reads]
         self.gains = any(is_work(op) for op in walk(self.front_ops))
         called = dict(zip(program.inputs, names, strict=False))
@@ -194,6 +196,14 @@ class Split:
         return front, rest
 
 
+_OTHER = (
+    "loss_fn computes other things now than when it was cut, so features from there do not fit: "
+    "the model is in another mode (train() and eval() are two), a parameter has another dtype, or "
+    "it does other things at this batch size; call precompute again, with the model, the "
+    "parameters and a batch as they are used"
+)
+
+
 def _found(wanted: Sequence[str], marks: Mapping[Value, str]) -> list[list[Value]]:
     """The values that have these marks: all that the same computes.
 
@@ -204,12 +214,7 @@ def _found(wanted: Sequence[str], marks: Mapping[Value, str]) -> list[list[Value
     for value in in_order(marks):
         values.setdefault(marks[value], []).append(value)
     if not values.keys() >= {*wanted}:
-        raise FeaturesError(
-            "loss_fn computes other things now than when it was cut, so features from there do not "
-            "fit: the model is in another mode (train() and eval() are two), a parameter has "
-            "another dtype, or it does other things at this batch size; call precompute again, "
-            "with the model, the parameters and a batch as they are used"
-        )
+        raise FeaturesError(_OTHER)
     return [values[mark] for mark in wanted]
 
 
