@@ -224,6 +224,7 @@ class ParamTree:
         leaves: dict[int, list[int]],
         at: tuple[int, int],
     ) -> None:
+        children = self.children  # made of the nodes that there are before those of layers
         pending = [(top, top, link)]
         while pending:
             node, above, (siblings, name) = pending.pop()
@@ -240,10 +241,8 @@ class ParamTree:
             if node in self.order:
                 self.order[copy] = self.order[node]
             below: dict[str, int] = {}
-            self.children.append(below)
-            pending.extend(
-                (child, copy, (below, key)) for key, child in self.children[node].items()
-            )
+            children.append(below)
+            pending.extend((child, copy, (below, key)) for key, child in children[node].items())
             if node in self.layers:
                 layers = self.layers[copy] = {}
                 pending.extend(

@@ -256,7 +256,7 @@ def test_a_train_state_without_at(run):
     pathlib.Path("state.msgpack").write_bytes(flax.serialization.to_bytes(state))
     status, _, err = run("explain", "state.msgpack", "--rules", "rules.json")
     assert status == 1
-    assert "or 'params/embed'?" in err
+    assert "did you mean 'params/embed' or 'opt_state/mu/embed'?" in err
     assert err.endswith("for these alone, add --at params\n")
     write_rules([("params/embed", None)], "full.json")
     status, _, err = run("explain", "state.msgpack", "--rules", "full.json")

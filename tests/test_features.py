@@ -491,7 +491,6 @@ KILLED = """
     sys.path.insert(0, {root!r})
     from tests import test_features as here
     import lrmult as lm
-from lrmult import _feature_files
 
     class Slow(here.Stops):
         def __getitem__(self, index):

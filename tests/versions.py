@@ -3,4 +3,6 @@
 import jax
 import jax.experimental
 
-enable_x64 = getattr(jax, "enable_x64", None) or jax.experimental.enable_x64
+enable_x64 = getattr(jax, "enable_x64", None)
+if enable_x64 is None:
+    enable_x64 = jax.experimental.enable_x64
