@@ -7,6 +7,8 @@ import tempfile
 
 from hypothesis import settings
 
+from tests.flags import FLAGS
+
 # Most of the time of a run goes into compiling small functions that run once. JAX reads these when
 # it is imported. Each worker has a folder of its own, since two that write and read one file at a
 # time get in each other's way. With XLA_FLAGS set, to anything, code is optimized as ever.
@@ -16,9 +18,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ or "PYTEST_XDIST_WORKER" in os.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-os.environ.setdefault(
-    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-)
+os.environ.setdefault("XLA_FLAGS", FLAGS)
 
 settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
 settings.register_profile("explore", max_examples=20_000, deadline=None, print_blob=True)

@@ -18,6 +18,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lrmult as lm
+from tests.flags import OPTIONS
 from tests.programs import collectives, constants
 
 WORDS, WIDTH, HIDDEN, HEADS, LENGTH, BATCH = 64, 64, 128, 8, 8, 16
@@ -78,8 +79,6 @@ MODES = {
     "explicit": ("plain", "chain", "wrap"),
     "mapped": ("plain", "chain"),
 }
-# Without it three times as long goes into compiling.
-OPTIONS = {"xla_cpu_use_fusion_emitters": False}
 
 
 def tree_of(leaf_of):

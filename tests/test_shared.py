@@ -16,6 +16,7 @@ import pytest
 from flax import nnx
 
 import lrmult as lm
+from tests.flags import OPTIONS
 
 VOCABULARY, WIDTH = 5, 3
 KEY = jax.random.key(0)
@@ -159,7 +160,6 @@ def kept(before, after):
 
 
 # Tiny programs that run a few times: most of the time is spent in compiling.
-FAST = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
 
 def adamw():
@@ -169,7 +169,7 @@ def adamw():
 def train(tx, params, loss, steps=3):
     """The parameters after each step."""
 
-    @functools.partial(jax.jit, compiler_options=FAST)
+    @functools.partial(jax.jit, compiler_options=OPTIONS)
     def step(params, state):
         updates, state = tx.update(jax.grad(loss)(params), state, params)
         return optax.apply_updates(params, updates), state

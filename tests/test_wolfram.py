@@ -19,6 +19,7 @@ import pytest
 from flax import nnx
 
 import lrmult as lm
+from tests.flags import OPTIONS
 
 LIBRARIES = ("linen", "nnx", "equinox")
 in_every_library = pytest.mark.parametrize("library", LIBRARIES)
@@ -28,7 +29,6 @@ X, Y, IMAGES = (
     for seed, shape in enumerate([(6, 3), (6, 2), (6, 14, 14, 1)])
 )
 # Tiny programs that run a few times: most of the time is spent in compiling.
-FAST = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
 
 # Training -----------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ def of_linen(module, params=None, x=X, y=Y, loss=squares):
     def start(tx):
         now = [params, tx.init(params)]
 
-        @functools.partial(jax.jit, compiler_options=FAST)
+        @functools.partial(jax.jit, compiler_options=OPTIONS)
         def step(params, state):
             grads = jax.grad(lambda p: loss(module.apply({"params": p}, x), y))(params)
             updates, state = tx.update(grads, state, params)
@@ -160,7 +160,7 @@ def of_equinox(model, x=X, y=Y, loss=squares):
     def start(tx):
         now = [params, tx.init(params)]
 
-        @functools.partial(jax.jit, compiler_options=FAST)
+        @functools.partial(jax.jit, compiler_options=OPTIONS)
         def step(params, state):
             grads = jax.grad(lambda p: loss(jax.vmap(eqx.combine(p, static))(x), y))(params)
             updates, state = tx.update(grads, state, params)

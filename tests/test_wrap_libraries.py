@@ -19,6 +19,7 @@ from flax.core import FrozenDict, freeze, unfreeze
 from flax.training.train_state import TrainState
 
 import lrmult as lm
+from tests.flags import OPTIONS
 
 # One model in every library: `trunk` is frozen, half of the neurons of `part`, and `head` is slow.
 KEPT = np.array([1, 3])
@@ -92,10 +93,6 @@ def bits(tree):
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
-# Tiny programs that run a few times: most of the time is spent in compiling.
-FAST = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-
-
 class Step:
     """A jitted step that counts how often it is traced."""
 
@@ -107,7 +104,7 @@ class Step:
             updates, state = tx.update((grads or full_grads)(params, i), state, params)
             return optax.apply_updates(params, updates), state
 
-        self.jitted = jax.jit(step, **{"compiler_options": FAST} | options)
+        self.jitted = jax.jit(step, **{"compiler_options": OPTIONS} | options)
 
     def run(self, params, state, steps):
         for i in steps:
@@ -532,7 +529,7 @@ def descend(tx, names, params, loss, spoil=lambda grads: grads):
         updates, state = tx.update(grad, state, params, **extra)
         return optax.apply_updates(params, updates), state
 
-    step = jax.jit(step, compiler_options=FAST)
+    step = jax.jit(step, compiler_options=OPTIONS)
     # Line searches start with weak types.
     state = jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype), tx.init(params))
     for _ in range(3):
@@ -609,7 +606,7 @@ def test_linen_train_state(kind, compact):
     state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
     traces = []
 
-    @functools.partial(jax.jit, donate_argnums=0, compiler_options=FAST)
+    @functools.partial(jax.jit, donate_argnums=0, compiler_options=OPTIONS)
     def step(state):
         traces.append(0)
         grads = jax.grad(lambda params: jnp.mean((state.apply_fn({"params": params}, X) - Y) ** 2))(
