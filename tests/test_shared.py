@@ -159,9 +159,6 @@ def kept(before, after):
     return {path for path in before if before[path].tobytes() == after[path].tobytes()}
 
 
-# Tiny programs that run a few times: most of the time is spent in compiling.
-
-
 def adamw():
     return optax.adamw(0.05, weight_decay=0.1)
 

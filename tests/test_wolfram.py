@@ -28,7 +28,6 @@ X, Y, IMAGES = (
     jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
     for seed, shape in enumerate([(6, 3), (6, 2), (6, 14, 14, 1)])
 )
-# Tiny programs that run a few times: most of the time is spent in compiling.
 
 
 # Training -----------------------------------------------------------------------------------------
