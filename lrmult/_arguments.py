@@ -202,5 +202,7 @@ def with_examples(batch: PyTree, axes: Sequence[int | None], count: int) -> PyTr
     for place, (leaf, axis) in enumerate(zip(leaves, axes, strict=True)):
         if axis is not None:
             shape = (*leaf.shape[:axis], count, *leaf.shape[axis + 1 :])
-            leaves[place] = Abstract(shape, leaf.dtype)
+            leaves[place] = Abstract(
+                shape, leaf.dtype, sharding=leaf.sharding, weak_type=leaf.weak_type
+            )
     return jax.tree.unflatten(jax.tree.structure(batch), leaves)

@@ -62,8 +62,8 @@ class FeatureFiles:
     def note(self, done: int) -> None:
         """Note how many examples the files hold now, at once or not at all."""
         for array in self.arrays:
-            if isinstance(array.base, np.memmap):
-                array.base.flush()
+            if isinstance(array, np.memmap):
+                array.flush()
         self._write_note(done, os.replace)
 
     def _write_note(self, done: int, place: Callable[[pathlib.Path, pathlib.Path], None]) -> None:

@@ -538,7 +538,7 @@ class _Reader:
         fixed, inits, scanned = _split_scan(eqn, values)
         lengths = (*scope.lengths, length)
         of_params, of_batch = any(v.of_params for v in values), any(v.of_batch for v in values)
-        cause = next(v.cause for v in values if v.cause)
+        cause = next((v.cause for v in values if v.cause), "")
         kinds = frozenset().union(*[v.kinds for v in values])
         known = [v.known for v in inits]
         while True:
@@ -622,7 +622,10 @@ class _Reader:
             return None
         count = min(counts)
         halves = functools.partial(_scan_in_two, eqn, length - count if reverse else count)
-        avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in values]
+        avals = [
+            jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, weak_type=v.aval.weak_type)
+            for v in values
+        ]
         mark = len(scope.ops), set(scope.members), list(scope.hoisted)
         found = self.closed(jax.make_jaxpr(halves)(*avals), values, scope)
         if any(is_work(op) for op in walk(scope.ops[mark[0] :])):

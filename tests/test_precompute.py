@@ -518,6 +518,24 @@ def test_the_lower_layers_of_a_stack(form):
     assert split.fingerprints(dict(params, bias=params["bias"] + 1)) != split.fingerprints(params)
 
 
+def test_a_stack_with_a_number_that_is_no_array():
+    """A weak type stays one where a scan is cut in two: else the carry would become float32."""
+    params = {"kernel": normal(6, 4, 4).astype(jnp.bfloat16), "gain": jnp.asarray(2.0)}
+
+    def loss_fn(params, batch):
+        def layer(x, kernel):
+            return jnp.tanh(x @ kernel) * params["gain"], None
+
+        return jax.lax.scan(layer, batch, params["kernel"])[0].sum()
+
+    batch = normal(5, 4).astype(jnp.bfloat16)
+    rules = [("gain", None), (lm.along("kernel", 0, slice(0, 3)), None)]
+    split = lm.precompute(loss_fn, params, rules, batch)
+    value = split.rest(params, split.front(params, batch))
+    assert value.dtype == loss_fn(params, batch).dtype == jnp.bfloat16
+    np.testing.assert_allclose(value, loss_fn(params, batch), rtol=2e-2)
+
+
 def test_a_stack_of_flax():
     class Layer(nn.Module):
         @nn.compact
