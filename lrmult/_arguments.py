@@ -176,7 +176,6 @@ def _found_axes(
 ) -> tuple[tuple[int | None, ...], str]:
     arrays = [shape for shape in shapes if shape]
     common = set.intersection(*[set(shape) for shape in arrays]) if arrays else set()
-    size = None
     if len({shape[0] for shape in arrays}) == 1:
         return tuple([0 if shape else None for shape in shapes]), ""
     if len(common) == 1 and all(shape.count(*common) == 1 for shape in arrays):

@@ -107,7 +107,7 @@ class Examples:
         return any(axis in axes for axis in found)
 
     def _loop(self, loop: Loop, other: Loop) -> None:
-        over_examples = loop.settings["length"] != other.settings["length"]
+        over_examples = loop.eqn.params["length"] != other.eqn.params["length"]
         for (outside, x), (_, twin) in zip(loop.xs, other.xs, strict=True):
             self._compare(x, twin)
             self._inherit(x, [outside])

@@ -203,7 +203,7 @@ class Precomputed:
             if isinstance(leaf, Abstract)
         ]
         program, results = self._program(form, arrays, facts, batch, args)
-        size, examples = number_of_examples(batch, self._axes), Examples(program, program)
+        size, examples = number_of_examples(batch, self._axes), None
         if not size:
             raise FeaturesError("the batch is empty; pass one of two examples or more")
         if not self._why:
@@ -223,6 +223,8 @@ class Precomputed:
                 self._why = why
         names = [name for _, name in facts]
         names += [f"batch/{path}" if path else "batch" for path in paths_of(batch)]
+        if examples is None:
+            examples = Examples(program, program)
         cut = Split(program, names, len(arrays), examples, size, self._wanted)
         return _Traced(cut, results)
 

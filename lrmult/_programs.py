@@ -189,7 +189,6 @@ class Loop(Op):
 
     eqn: Any
     operands: list[Value]
-    settings: dict[str, Any]
     remats: tuple[Remat, ...]
     xs: list[tuple[Value, Value]]
     inits: list[Value]
@@ -248,9 +247,11 @@ class Loop(Op):
             carry = [_typed(inside[v], v) for v in self.results]
             return carry, [inside[v] for v in self.keeps]
 
+        names = "length", "reverse", "unroll", "_split_transpose"
+        settings = {name: self.eqn.params[name] for name in names if name in self.eqn.params}
         slices = [env[outside] for outside, _ in self.xs] + [env[v] for v in self.takes]
         inits = [_typed(env[v], v) for v in self.inits]
-        finals, kept = jax.lax.scan(body, inits, slices, **self.settings)
+        finals, kept = jax.lax.scan(body, inits, slices, **settings)
         env |= dict(zip(self.makes, [*finals, *kept], strict=True))
 
 
@@ -268,12 +269,16 @@ class Switch(Op):
 
     eqn: Any
     operands: list[Value]
-    index: Value
     branches: list[Branch]
     finals: list[Value]
     remats: tuple[Remat, ...]
     keeps: list[Value] = dataclasses.field(default_factory=list)
     reads: Sequence[Value] = ()
+
+    @property
+    def index(self) -> Value:
+        """Which of the branches it is."""
+        return self.operands[0]
 
     @property
     def makes(self) -> list[Value]:  # type: ignore[override]
@@ -492,9 +497,9 @@ class _Reader:
         return found
 
     def _whole(self, eqn: Any, jaxpr: Any, values: list[Value], scope: _Scope) -> list[Value]:
-        op = Equation(
-            eqn, jaxpr, dict(zip(map(_key, eqn.invars), values, strict=True)), scope.remats
-        )
+        pairs = zip(eqn.invars, values, strict=True)
+        env = {atom: value for atom, value in pairs if not isinstance(atom, Literal)}
+        op = Equation(eqn, jaxpr, env, scope.remats)
         read = op.reads
         arrays = all(_is_array(v.aval) for v in (*eqn.invars, *eqn.outvars))
         known = arrays and all(v.known for v in read)
@@ -534,35 +539,10 @@ class _Reader:
 
     def _loop(self, eqn: Any, values: list[Value], scope: _Scope) -> list[Value] | None:
         """Add a scan whose body is opened; None if nothing is gained by that."""
-        length, closed = eqn.params["length"], eqn.params["jaxpr"]
-        fixed, inits, scanned = _split_scan(eqn, values)
-        lengths = (*scope.lengths, length)
-        of_params, of_batch = any(v.of_params for v in values), any(v.of_batch for v in values)
-        cause = next((v.cause for v in values if v.cause), "")
-        kinds = frozenset().union(*[v.kinds for v in values])
+        _, inits, scanned = _split_scan(eqn, values)
         known = [v.known for v in inits]
         while True:
-            inside = _Scope(lengths, is_loop=True)
-            n = len(fixed)
-            carries = [
-                self.enter(
-                    Value(
-                        v.aval, is_known, of_params=of_params, of_batch=of_batch, lengths=lengths
-                    ),
-                    inside,
-                )
-                for v, is_known in zip(closed.jaxpr.invars[n:], known, strict=False)
-            ]
-            n += len(inits)
-            xs = [
-                self.enter(_slice_of(v, aval.aval, lengths), inside)
-                for v, aval in zip(scanned, closed.jaxpr.invars[n:], strict=True)
-            ]
-            for carry, is_known, init in zip(carries, known, inits, strict=True):
-                if not is_known:
-                    carry.cause = init.cause or cause
-                    carry.kinds = kinds
-            outputs = self.closed(closed, [*fixed, *carries, *xs], inside)
+            inside, carries, xs, outputs = self._body(eqn, values, known, scope.lengths)
             results, ys = outputs[: len(inits)], outputs[len(inits) :]
             still = [a and b.known for a, b in zip(known, results, strict=True)]
             if still == known:
@@ -572,15 +552,9 @@ class _Reader:
             return None
         self._enclose(inside, scope)
         finals = [self.enter(dataclasses.replace(v, lengths=scope.lengths), scope) for v in carries]
-        settings = {
-            key: eqn.params[key]
-            for key in ("length", "reverse", "unroll", "_split_transpose")
-            if key in eqn.params
-        }
         loop = Loop(
             eqn,
             values,
-            settings,
             scope.remats,
             [*zip(scanned, xs, strict=True)],
             inits,
@@ -599,6 +573,37 @@ class _Reader:
             value.source = loop
         self._add(loop, scope)
         return finals + [self._stacked(y, eqn, loop, scope) for y in ys]
+
+    def _body(
+        self, eqn: Any, values: list[Value], known: Sequence[bool], around: tuple[int, ...]
+    ) -> tuple[_Scope, list[Value], list[Value], list[Value]]:
+        """Read the body of a scan, if so much of its carry is known.
+
+        Returns:
+            Its scope; the carry and the slices that it gets; what it returns.
+        """
+        fixed, inits, scanned = _split_scan(eqn, values)
+        inside = _Scope((*around, eqn.params["length"]), is_loop=True)
+        variables = eqn.params["jaxpr"].jaxpr.invars[len(fixed) :]
+        cause = next((v.cause for v in values if v.cause), "")
+        carries, xs = [], []
+        for variable, init, is_known in zip(variables, inits, known, strict=False):
+            # What is carried hangs on all that the loop takes.
+            carry = Value(
+                variable.aval,
+                is_known,
+                of_batch=any(v.of_batch for v in values),
+                of_params=any(v.of_params for v in values),
+                cause="" if is_known else init.cause or cause,
+                lengths=inside.lengths,
+            )
+            if not is_known:
+                carry.kinds = frozenset().union(*[v.kinds for v in values])
+            carries.append(self.enter(carry, inside))
+        for variable, value in zip(variables[len(inits) :], scanned, strict=True):
+            xs.append(self.enter(_slice_of(value, variable.aval, inside.lengths), inside))
+        outputs = self.closed(eqn.params["jaxpr"], [*fixed, *carries, *xs], inside)
+        return inside, carries, xs, outputs
 
     def _stacked(self, inside: Value, eqn: Any, loop: Loop, scope: _Scope) -> Value:
         is_member = inside in loop.members
@@ -645,7 +650,7 @@ class _Reader:
             branches.append(Branch(inside.ops, frozenset(inside.members), results))
         if not any(is_work(op) for inside in insides for op in walk(inside.ops)):
             return None
-        switch = Switch(eqn, values, index, branches, [], scope.remats)
+        switch = Switch(eqn, values, branches, [], scope.remats)
         for place, variable in enumerate(eqn.outvars):
             found = [branch.results[place] for branch in branches]
             value = Value(
@@ -675,10 +680,6 @@ def is_work(op: Op) -> bool:
     return (
         isinstance(op, Equation) and not op.free and any(v.known and not v.given for v in op.makes)
     )
-
-
-def _key(atom: Any) -> Any:
-    return id(atom) if isinstance(atom, Literal) else atom
 
 
 def _is_array(aval: Any) -> bool:
