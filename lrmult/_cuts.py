@@ -5,7 +5,18 @@ import itertools
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from lrmult._programs import Equation, Loop, Op, Program, Stack, Switch, Value, needed, walk
+from lrmult._programs import (
+    Equation,
+    Loop,
+    Op,
+    Program,
+    Stack,
+    Switch,
+    Value,
+    needed,
+    split_scan,
+    walk,
+)
 from lrmult._work import Kind, kind_of
 
 
@@ -91,7 +102,8 @@ class Examples:
         params, first = op.eqn.params, op.reads[0]
         axes = [axis - len(first.lengths) for axis in self.axes.get(first, ())]
         if op.name == "scan":
-            return bool(params["length"] != other.eqn.params["length"] and params["num_carry"])
+            _, carry, _ = split_scan(op.eqn, [*op.eqn.invars])
+            return bool(params["length"] != other.eqn.params["length"] and carry)
         if op.name == "conv_general_dilated":
             return params["dimension_numbers"].lhs_spec[0] not in axes
         if op.name == "fft":

@@ -94,21 +94,22 @@ Told: TypeAlias = tuple[list[Any], bool, bool]
 
 
 def _of_class(told: dict[Any, Told], tell: Callable[[list[Any]], Told], value: Any) -> Level:
-    # To ask for the keys takes long, and those that are fields are told by the structure. (Those of
-    # a mapping are not: 1 and True are equal.)
-    is_below = functools.partial(operator.is_not, value)
-    held, structure = jax.tree.flatten(value, is_leaf=is_below)
+    # To ask for the keys takes long, and those that are fields are told by the class and what it
+    # calls static. (Those of a mapping are not: 1 and True are equal.)
+    held, static = jax.tree_util.default_registry.flatten_one_level(value)
+    kind: Any = type(value), static
     try:
-        if structure in told:
-            names, are_plain, are_fields = told[structure]
+        if kind in told:
+            names, are_plain, are_fields = told[kind]
             return names, held, are_plain, are_fields
-    except TypeError:  # a static field that cannot be hashed
-        told, structure = {}, None
+    except TypeError:  # something static that cannot be hashed
+        kind = None
+    is_below = functools.partial(operator.is_not, value)
     found, _ = jax.tree_util.tree_flatten_with_path(value, is_leaf=is_below)
     keys = [key for (key,), _ in found]
     names, are_plain, are_fields = tell(keys)
-    if all(isinstance(key, GetAttrKey) for key in keys):
-        told[structure] = names, are_plain, are_fields
+    if kind and all(isinstance(key, GetAttrKey) for key in keys):
+        told[kind] = names, are_plain, are_fields
     return names, held, are_plain, are_fields
 
 

@@ -539,7 +539,7 @@ class _Reader:
 
     def _loop(self, eqn: Any, values: list[Value], scope: _Scope) -> list[Value] | None:
         """Add a scan whose body is opened; None if nothing is gained by that."""
-        _, inits, scanned = _split_scan(eqn, values)
+        _, inits, scanned = split_scan(eqn, values)
         known = [v.known for v in inits]
         while True:
             inside, carries, xs, outputs = self._body(eqn, values, known, scope.lengths)
@@ -582,7 +582,7 @@ class _Reader:
         Returns:
             Its scope; the carry and the slices that it gets; what it returns.
         """
-        fixed, inits, scanned = _split_scan(eqn, values)
+        fixed, inits, scanned = split_scan(eqn, values)
         inside = _Scope((*around, eqn.params["length"]), is_loop=True)
         variables = eqn.params["jaxpr"].jaxpr.invars[len(fixed) :]
         cause = next((v.cause for v in values if v.cause), "")
@@ -618,7 +618,7 @@ class _Reader:
 
     def _halved(self, eqn: Any, values: list[Value], scope: _Scope) -> list[Value] | None:
         """Add a scan as two, of which the first runs over frozen layers of stacked parameters."""
-        _, _, scanned = _split_scan(eqn, values)
+        _, _, scanned = split_scan(eqn, values)
         length, reverse = eqn.params["length"], eqn.params["reverse"]
         frozen = [v.still.places for v in scanned if v.still and v.still.axis == 0]
         lines = [places[::-1] if reverse else places for places in frozen]
@@ -690,11 +690,22 @@ def _remat(eqn: Any) -> Remat:
     return Remat(eqn.params["policy"], eqn.params["prevent_cse"])
 
 
-def _split_scan(eqn: Any, values: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+def split_scan(eqn: Any, values: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:
     """The constants of a scan, its carry before the first time, and what it scans over."""
-    first = eqn.params["num_consts"]
-    second = first + eqn.params["num_carry"]
+    # Versions of JAX call the numbers of these differently; what is cut into slices tells them.
+    body = eqn.params["jaxpr"]
+    second = len(values) - _count_cut(eqn.invars, body.in_avals)
+    first = second - len(eqn.outvars) + _count_cut(eqn.outvars, body.out_avals)
     return values[:first], values[first:second], values[second:]
+
+
+def _count_cut(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+    """How many values have other axes outside of a scan than in its body."""
+
+    def axes(aval: Any) -> int:
+        return len(getattr(aval, "shape", ()))
+
+    return sum(axes(v.aval) != axes(aval) for v, aval in zip(outside, inside, strict=True))
 
 
 def _slice_of(value: Value, aval: Any, lengths: tuple[int, ...]) -> Value:
@@ -706,7 +717,7 @@ def _slice_of(value: Value, aval: Any, lengths: tuple[int, ...]) -> Value:
 
 def _scan_in_two(eqn: Any, place: int, *arrays: Any) -> list[Any]:
     """What a scan computes, by one over the first places and one over the others."""
-    fixed, carry, xs = _split_scan(eqn, list(arrays))
+    fixed, carry, xs = split_scan(eqn, list(arrays))
     body = jaxpr_as_fun(eqn.params["jaxpr"])
     reverse = eqn.params["reverse"]
 
