@@ -18,6 +18,7 @@ import unicodedata
 import zipfile
 from typing import Any
 
+import equinox as eqx
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
@@ -543,6 +544,20 @@ def test_a_tree_of_100000_leaves():
     assert [leaf.path for leaf in plan.leaves if leaf.multiplier == 2] == ["l7/p3", "l7/p4"]
     with pytest.raises(lm.UnmatchedRuleError, match=r"did you mean '\*\*/p1'"):
         lm.compile_rules([("**/pp1", None)], tree)
+
+
+class Numbered(eqx.Module):
+    """A layer that knows which it is."""
+
+    w: Any
+    number: int = eqx.field(static=True)
+
+
+def test_layers_that_differ_in_what_is_static_take_a_time_in_proportion():
+    # All their structures have one hash.
+    shape = jax.ShapeDtypeStruct((2,), np.float32)
+    trees = {n: [Numbered(shape, number) for number in range(n)] for n in (500, 5000)}
+    assert_linear(lambda n: lm.compile_rules([("**/w", 2)], trees[n]), 500)
 
 
 NAMES = [chr(code) for code in range(1, 0x180)] + ["/" * 0, "\ufeff", "\u2028", "\U0001f600"]
