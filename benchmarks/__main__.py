@@ -25,22 +25,21 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 class Benchmark(NamedTuple):
-    """A module, what to pass it for a quick look (None: it takes too long), and if it has JSON."""
+    """A module, and what to pass it for a quick look (None: it takes too long)."""
 
     module: str
     quick: tuple[str, ...] | None
-    has_json: bool = True
 
 
 BENCHMARKS = [
-    Benchmark("updates", ("--quick", "--pairs", "7")),
+    Benchmark("updates", ("--quick",)),
     Benchmark("compile_rules", ("--pairs", "3", "--few", "1", "--trees", "transformer")),
-    Benchmark("parts", None, has_json=False),
+    Benchmark("parts", None),
     Benchmark("freezing", ("--only", "head", "--variants", "step", "--pairs", "5")),
     Benchmark("precompute", ("--only", "linear layers", "--pairs", "3")),
     Benchmark("bandwidth", ("--elements", "4_000_000", "--pairs", "5")),
     Benchmark("explain", None),
-    Benchmark("import_time", ("--runs", "3"), has_json=False),
+    Benchmark("import_time", ("--runs", "3")),
 ]
 PACKAGES = "jax", "jaxlib", "optax", "flax", "numpy", "lrmult"
 
@@ -63,7 +62,7 @@ def run(benchmark: Benchmark, quick: bool) -> dict[str, Any]:
         figures = pathlib.Path(folder, "figures.json")
         command = [sys.executable, "-m", f"benchmarks.{benchmark.module}"]
         command += benchmark.quick or () if quick else ()
-        command += ["--json", str(figures)] if benchmark.has_json else []
+        command += ["--json", str(figures)]
         start = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
         return {

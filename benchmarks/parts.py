@@ -19,6 +19,8 @@ missed. Times are to be believed on a quiet machine only.
 
 import argparse
 import gc
+import json
+import pathlib
 import re
 import statistics
 import sys
@@ -42,10 +44,11 @@ _CONSTANT = re.compile(
 
 
 class Report:
-    """Prints figures as they come, and knows whether one missed its bound."""
+    """Prints figures as they come, keeps them, and knows whether one missed its bound."""
 
     def __init__(self) -> None:
         self.missed = False
+        self.figures: dict[str, dict[str, Any]] = {}
 
     def ratios(self, what: str, found: list[float], bound: float | None = None) -> None:
         """The median of ratios, with their quartiles."""
@@ -57,6 +60,7 @@ class Report:
     def figure(self, what: str, value: float, bound: float | None = None, more: str = "") -> None:
         """One figure, and at most what it may be."""
         self.missed |= bound is not None and value > bound
+        self.figures[what] = {"value": value, "spread": more, "bound": bound}
         limit = "" if bound is None else f"at most {bound:g}"
         notes = "; ".join(note for note in (more, limit) if note)
         print(f"{what}: {value:.6g}" + (f" ({notes})" if notes else ""), flush=True)
@@ -251,10 +255,13 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=21, help="schedules take 15 at least")
     parser.add_argument("--rows", type=int, default=4096, help="of the matrix")
     parser.add_argument("--columns", type=int, default=16384, help="of the matrix")
+    parser.add_argument("--json", metavar="FILE", help="where all figures are kept")
     options = parser.parse_args()
     report = Report()
     for name in options.only:
         PARTS[name](report, options)
+    if options.json:
+        pathlib.Path(options.json).write_text(json.dumps(report.figures, indent=1))
     return int(report.missed)
 
 

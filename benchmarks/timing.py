@@ -1,5 +1,6 @@
 """Ratios of paired, interleaved runs."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -30,17 +31,22 @@ def seconds(run: Callable[[], Any], times: int = 1) -> float:
 def ratios(
     runs: Mapping[str, Callable[[], Any]], base: str, pairs: int, times: int = 1
 ) -> dict[str, Ratio]:
-    """The time of each run over that of one of them.
+    """The time of each run over that of one of them, from rounds in which each has its turn."""
+    return {name: ratio_of(values) for name, values in paired(runs, base, pairs, times).items()}
 
-    They take turns, in an order that is turned round each time. The first two rounds do not count.
-    """
+
+def paired(
+    runs: Mapping[str, Callable[[], Any]], base: str, pairs: int, times: int = 1
+) -> dict[str, list[float]]:
+    """The ratio of each round; the order within a round is random, the first two do not count."""
     found: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(pairs + 2):
-        order = list(runs) if turn % 2 else list(reversed(runs))
+    order, chance = list(runs), random.Random(0)
+    for _ in range(pairs + 2):
+        chance.shuffle(order)
         took = {name: seconds(runs[name], times) for name in order}
         for name, values in found.items():
             values.append(took[name] / took[base])
-    return {name: ratio_of(values[2:]) for name, values in found.items()}
+    return {name: values[2:] for name, values in found.items()}
 
 
 def ratio_of(values: list[float]) -> Ratio:

@@ -82,9 +82,11 @@ class Automaton:
         """The states that wait for each of some names, with a position or without, if any do."""
         distinct = set(names)
         expecting = {name: self._literals[name] for name in self._literals.keys() & distinct}
-        for glob, name in _candidates(self._globs, [*distinct]):
-            if glob.match(name):
-                expecting[name] = expecting.get(name, 0) | self._globs[glob]
+        globs = [*self._globs]
+        states = [*self._globs.values()]
+        for number, name in _candidates(globs, [*distinct]):
+            if globs[number].match(name):
+                expecting[name] = expecting.get(name, 0) | states[number]
         return expecting
 
 
@@ -92,22 +94,22 @@ _LONGEST = 4  # of the pieces of text by which names are found
 _BUCKETS = 1 << 16
 
 
-def _candidates(globs: Iterable[Glob], names: Sequence[str]) -> Iterator[tuple[Glob, str]]:
-    """Globs with names that they may match, each pair once: all that do match, and few others.
+def _candidates(globs: Sequence[Glob], names: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """Globs, by number, with names that they may match, each pair once: all that do, few others.
 
     Of the longest fixed text of each glob, that piece is looked up which is rarest in the names.
     All pieces of one length are found in one pass over all names (as Rabin and Karp, 1987, search
     for several texts at once).
     """
-    texts: dict[int, dict[Glob, str]] = {}  # by the length of a piece
-    for glob in globs:
+    texts: dict[int, dict[int, str]] = {}  # by the length of a piece
+    for number, glob in enumerate(globs):
         first, *middle, last = glob.parts
         outer = (f"\0{first}" if first else "", f"{last}\0" if last else "")
         text = max(*outer, *middle, key=len)
         if text:
-            texts.setdefault(min(len(text), _LONGEST), {})[glob] = text
+            texts.setdefault(min(len(text), _LONGEST), {})[number] = text
         else:
-            yield from ((glob, name) for name in names)
+            yield from ((number, name) for name in names)
     if not texts:
         return
     letters = _letters("\0".join(["", *names, ""]))
@@ -115,11 +117,12 @@ def _candidates(globs: Iterable[Glob], names: Sequence[str]) -> Iterator[tuple[G
     for length, group in texts.items():
         hashes = _hashes(letters, length)
         counts = np.bincount(hashes, minlength=_BUCKETS)
-        wanted: dict[int, list[Glob]] = {}
-        own, at = _hashes(_letters("".join(group.values())), length), 0
-        for glob, text in group.items():
-            rarest = at + counts[own[at : at + len(text) - length + 1]].argmin()
-            wanted.setdefault(int(own[rarest]), []).append(glob)
+        own = _hashes(_letters("".join(group.values())), length)
+        rarity, own, at = counts[own].tolist(), own.tolist(), 0
+        wanted: dict[int, list[int]] = {}
+        for number, text in group.items():
+            here = range(at, at + len(text) - length + 1)
+            wanted.setdefault(own[min(here, key=rarity.__getitem__)], []).append(number)
             at += len(text)
         is_wanted = np.zeros(_BUCKETS, np.bool_)
         is_wanted[[*wanted]] = True
@@ -128,7 +131,7 @@ def _candidates(globs: Iterable[Glob], names: Sequence[str]) -> Iterator[tuple[G
         found = zip(hashes[places].tolist(), owners.tolist(), strict=True)
         for piece, owner in dict.fromkeys(found):
             if owner < len(names):  # the last piece may begin at the end of all
-                yield from ((glob, names[owner]) for glob in wanted[piece])
+                yield from ((number, names[owner]) for number in wanted[piece])
 
 
 def _letters(text: str) -> Any:

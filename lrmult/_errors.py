@@ -63,6 +63,8 @@ def shorten(text: str, most: int = 80) -> str:
 
 def show(value: Any) -> str:
     """How a message shows an object that somebody passed: on one line, without addresses."""
+    if type(value) is str:
+        return shorten(repr(value))
     is_class = isinstance(value, type)
     if not is_class and hasattr(value, "dtype") and getattr(value, "shape", ()) != ():
         return f"an array {spec(value.shape, value.dtype)}"

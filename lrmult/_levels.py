@@ -64,12 +64,14 @@ class Levels(dict[type, End | Callable[[Any], Level]]):
         return None if isinstance(way, End) else way(value)
 
     def unbox(self, value: Any) -> tuple[End | Callable[[Any], Level], Any]:
-        """What is in a box that holds nothing but a value, and how that is read."""
-        while (way := self.get(type(value)) or self.learn(value)) is self.of_box:
-            names, held, *_ = self.of_box(value)
+        """What is in a box, if it holds nothing but a value, and how that is read."""
+        way: End | Callable[[Any], Level] = self.of_box
+        while way is self.of_box:
+            names, held, _, _ = self.of_box(value)
             if names != [None]:
                 break
-            [value] = held
+            value = held[0]
+            way = self.get(type(value)) or self.learn(value)
         return way, value
 
 
@@ -194,7 +196,7 @@ def read(tree: PyTree) -> Reading:
                     cut.add(number)
             else:
                 children, held, are_plain, are_fields = way(value)
-                if not are_plain:
+                if not (are_plain and children):
                     is_plain = False
                 if are_fields or (number in fields and None in children):
                     fields.update(range(len(names), len(names) + len(children)))
@@ -203,13 +205,14 @@ def read(tree: PyTree) -> Reading:
                 below += held
         starts.append(start)
         level = below
-    count, before = _count(np.array(parents), starts, ends)
-    in_order = np.array(ends, int)[np.argsort(before[ends], kind="stable")].tolist()
-    return Reading(names, parents, in_order, holes, cut, is_plain and bool(count.all()))
+    if ends and ends[0] < starts[-2]:  # on one level they stand in order
+        before = _count_before(np.array(parents), starts, ends)
+        ends = np.array(ends)[np.argsort(before[ends], kind="stable")].tolist()
+    return Reading(names, parents, ends, holes, cut, is_plain)
 
 
-def _count(parents: Any, starts: Sequence[int], ends: Sequence[int]) -> tuple[Any, Any]:
-    """How many of some values each value holds, and how many come before these in JAX's order.
+def _count_before(parents: Any, starts: Sequence[int], ends: Sequence[int]) -> Any:
+    """How many of some values come before each value, in JAX's order.
 
     Args:
         parents: per value, the container that holds it.
@@ -225,7 +228,7 @@ def _count(parents: Any, starts: Sequence[int], ends: Sequence[int]) -> tuple[An
         above, here = parents[first:last], count[first:last]
         left = np.cumsum(here) - here  # of it on this level; less those of other parents
         before[first:last] = before[above] + left - left[np.searchsorted(above, above)]
-    return count, before
+    return before
 
 
 def segments_of(name: str | None) -> list[str]:

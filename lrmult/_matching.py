@@ -197,6 +197,7 @@ class _Walk:
         self._at: list[_State] = []  # per node
         self._states: dict[tuple[int, tuple[int, ...]], _State] = {}
         self._expecting: dict[str, int] = {}
+        self._moving = ~automaton.indexed  # the states that a name alone leads on from
         self._resolved: dict[int, int] = {}  # node -> the states that a position leads to there
         self._accepted: dict[int, tuple[int, ...]] = {}  # the rules of accepting states
         self._merged: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[int, ...]] = {}
@@ -211,18 +212,20 @@ class _Walk:
         expecting = self._expecting = automaton.expecting(names)
         apart = self._resolved  # the nodes that are more than the children of that name above
         apart.update((layer, 0) for layers in tree.layers.values() for layer in layers.values())
-        at, parents = self._at, tree.parents
-        state = self._arrive(automaton.close(automaton.start), ())
-        for node, name in enumerate(tree.names):
-            if node:
-                above = at[parents[node]]
-                if node in apart:
-                    state = self._enter_apart(node, above, name)
-                elif name in expecting:
-                    found = above.get(name)
-                    state = self._enter(above, name) if found is None else found
-                else:
-                    state = above.lasting
+        root = self._arrive(automaton.close(automaton.start), ())
+        at = self._at = [root]
+        if root.is_asking:
+            self._ask(0, root)
+        for node, (name, parent) in enumerate(zip(tree.names, tree.parents, strict=True)):
+            if not node:
+                continue
+            above = at[parent]
+            if node in apart:
+                state = self._enter_apart(node, above, name)
+            elif (found := above.get(name)) is not None:
+                state = found
+            else:
+                state = self._enter(above, name) if name in expecting else above.lasting
             at.append(state)
             if state.is_asking:
                 self._ask(node, state)
@@ -230,7 +233,7 @@ class _Walk:
 
     def _enter(self, above: _State, name: str, resolved: int = 0) -> _State:
         """The state of a child; `resolved` are the states that positions lead to there."""
-        moving = above.waiting & ~self.automaton.indexed & self._expecting.get(name, 0)
+        moving = above.waiting & self._moving & self._expecting.get(name, 0)
         if not (moving or resolved):
             state = above.lasting
         else:

@@ -257,8 +257,9 @@ def _tokens(text: str) -> list[_Token]:
     return tokens
 
 
-# What makes a text more than names and stars, or is a mistake in it.
-_MARKED: Final = re.compile(r"[\\{}\[\]]|[^/]\*\*|\*\*[^/]|//|^/|/\Z")
+# What makes a text more than names, stars and choices, or is a mistake in it.
+_MARKED: Final = re.compile(r"[\\\[\]]|[^/]\*\*|\*\*[^/]|//|^/|/\Z")
+_CHOICE: Final = re.compile(r"([^{},]*)\{([^{}]*)\}([^{},]*)")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -271,9 +272,29 @@ def parse(text: str) -> Pattern:
     if not text.strip("/"):
         seen = f"{shorten(text)!r}" if text else "an empty text"
         raise PatternError(f"{seen} names nothing; write ... for everything")
-    if not _MARKED.search(text):  # what follows would take several times as long to say the same
-        plain = text.split("/")
-        return _pattern([ANY_DEPTH if s == "**" else Names((tuple(s.split("*")),)) for s in plain])
+    if not _MARKED.search(text):  # `_parse` would take several times as long to say the same
+        quick = [_quick_step(segment) for segment in text.split("/")]
+        known = [step for step in quick if step is not None]
+        if len(known) == len(quick):
+            return _pattern(known)
+    return _parse(text)
+
+
+def _quick_step(segment: str) -> Step | None:
+    """The step of a segment with one choice at most; None for any other."""
+    if segment == "**":
+        return ANY_DEPTH
+    names = [segment]
+    if "{" in segment or "}" in segment:
+        found = _CHOICE.fullmatch(segment)
+        before, choices, after = found.groups() if found else ("", "", "")
+        if not 1 <= choices.count(",") < _MOST_ALTERNATIVES:
+            return None
+        names = [before + choice + after for choice in choices.split(",")]
+    return Names(tuple(dict.fromkeys([tuple(name.split("*")) for name in names])))
+
+
+def _parse(text: str) -> Pattern:
     segments: list[list[_Token]] = [[]]
     braces = 0
     for token in _tokens(text):

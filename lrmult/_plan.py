@@ -17,7 +17,7 @@ from lrmult._libraries import is_nnx_module
 from lrmult._matching import match
 from lrmult._multipliers import Multiplier
 from lrmult._parts import Values, frozen_of, values_of
-from lrmult._paths import Flat, ParamTree, shape_and_dtype
+from lrmult._paths import Flat, ParamTree, shapes_and_dtypes
 from lrmult._rules import Rules, RulesLike, show_rule
 from lrmult._scaling import Scales, is_frozen, scales_of
 from lrmult._structure import Structure, read_structure
@@ -371,7 +371,7 @@ def cached_plan(rules: Rules, params: PyTree, structure: Structure | None, stric
     schedules and arrays among the multipliers are stood in for by a `Dynamic` each.
     """
     leaves, treedef = jax.tree.flatten(params)
-    specs = tuple([shape_and_dtype(leaf) for leaf in leaves])
+    specs = tuple(shapes_and_dtypes(leaves))
     facts = read_structure(structure)
     # Equal facts by hand are checked against the tree, while those that were read are not.
     arguments = rules.abstract, treedef, specs, facts, facts._read, strict

@@ -33,9 +33,15 @@ def test_the_names_that_globs_wait_for(letters):
         assert automaton.expecting(names) == wanted
 
 
-def test_texts_of_names_and_stars_are_read_as_others_are(monkeypatch):
+def test_texts_of_names_stars_and_choices_are_read_as_others_are(monkeypatch):
     rng = random.Random(0)
     texts = ["".join(rng.choices("ab*/{},[]\\0:\n**//", k=rng.randint(0, 9))) for _ in range(9000)]
+    for _ in range(9000):
+        before, after, *names = ("".join(rng.choices("ab*", k=rng.randint(0, 3))) for _ in range(6))
+        choice = before + "{" + ",".join(names[: rng.randint(1, 4)]) + "}" + after
+        line = [choice, *rng.choices(["a", "*b", "**", "{a,*}", "{", "}b", "c,d"], k=2)]
+        texts.append("/".join(rng.sample(line, rng.randint(1, 3))))
+    texts += ["{" + "a," * count + "}" for count in (998, 999, 1000)]
 
     def read(text):
         try:
@@ -44,5 +50,6 @@ def test_texts_of_names_and_stars_are_read_as_others_are(monkeypatch):
             return type(error), str(error)
 
     at_once = [read(text) for text in texts]
+    assert sum(_patterns._MARKED.search(text) is None and "{" in text for text in texts) > 5000
     monkeypatch.setattr(_patterns, "_MARKED", re.compile(""))
     assert at_once == [read(text) for text in texts]

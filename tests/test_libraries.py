@@ -350,3 +350,16 @@ def test_shapes_are_enough():
     shapes = jax.eval_shape(linen_params)
     rules = [("Dense_0", None), ("**/bias", 2)]
     assert lm.compile_rules(rules, shapes).leaves == lm.compile_rules(rules, linen_params()).leaves
+
+
+@pytest.mark.parametrize("kind", [np.float32, jnp.float32, jnp.bfloat16, int, np.dtype("int8")])
+def test_a_dtype_is_no_array(kind):
+    tree = {"w": jnp.ones(3), "kind": kind}
+    assert lm.paths(tree) == ["w"]
+    plan = lm.compile_rules([("**", 2)], tree)
+    assert plan.multipliers == {"w": 2, "kind": 1}
+    assert plan.trainable == {"w": True, "kind": False}
+    tx = lm.scale_by_rules([("w", 2)])
+    updates, _ = tx.update(tree, tx.init(tree))
+    assert updates["kind"] is kind
+    assert updates["w"].tolist() == [2, 2, 2]
