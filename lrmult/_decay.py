@@ -97,9 +97,11 @@ def scale_decay(
     running, decay = RunTime(read), optax.add_decayed_weights(weight_decay)
 
     def init(params: PyTree) -> DecayState:
-        if jax.tree.leaves(params):
-            warned(cached_plan(read, params, structure, strict), params)
-        return DecayState(running.init(), decay.init(params))
+        leaves = jax.tree.leaves(params)
+        if not leaves:
+            return DecayState(running.init(), decay.init(params))
+        plan = warned(cached_plan(read, params, structure, strict), params)
+        return DecayState(running.init(leaves, plan.scales), decay.init(params))
 
     def update(
         updates: PyTree, state: DecayState, params: PyTree = None, **extra_args: Any

@@ -108,7 +108,8 @@ def migrate(
     owner = owners(inner, params)
     fresh = inner.init(new.narrow(params))
     carry = _Carry(old, new)
-    arrays = [i for i, leaf in enumerate(jax.tree.leaves(params)) if is_array(leaf)]
+    all_leaves = jax.tree.leaves(params)
+    arrays = [i for i, leaf in enumerate(all_leaves) if is_array(leaf)]
     leaves = [
         carry(arrays[owner[path]], kept.get(path), start)
         if path in owner
@@ -117,7 +118,8 @@ def migrate(
         if is_array(start)
     ]
     inner_state = jax.tree.unflatten(jax.tree.structure(fresh), leaves)
-    return WrapState(inner_state, _rules_state(state, *map(RunTime, rules)))
+    rules_state = RunTime(rules[1]).init(all_leaves, new.plan.scales)
+    return WrapState(inner_state, _rules_state(state, RunTime(rules[0]), rules_state))
 
 
 def _read_state(state: Any) -> dict[Path, Any]:
@@ -138,7 +140,7 @@ def _read_state(state: Any) -> dict[Path, Any]:
     return entries(state)
 
 
-def _rules_state(state: Mapping[Path, Any], old: RunTime, new: RunTime) -> Any:
+def _rules_state(state: Mapping[Path, Any], old: RunTime, fresh: Any) -> Any:
     """What the new rules keep; the step of schedules goes on.
 
     Raises:
@@ -147,7 +149,7 @@ def _rules_state(state: Mapping[Path, Any], old: RunTime, new: RunTime) -> Any:
     kept = {path[1:]: entry for path, entry in state.items() if path[:1] == ("rules_state",)}
     masks = [each for path, each in kept.items() if path[:1] == ("rules_masks",) and is_array(each)]
     old.check_masks(tuple(masks))
-    step, fresh = kept.get(("rules_step",)), new.init()
+    step = kept.get(("rules_step",))
     if not is_array(step) or not isinstance(fresh, RulesState):
         return fresh
     return fresh._replace(rules_step=jnp.asarray(step))

@@ -1,19 +1,20 @@
 """What rules need at run time: the step of their schedules, and the bits of their masks."""
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lrmult._errors import MaskError, MultiplierError, RuleError, show
 from lrmult._multipliers import Dynamic, is_schedule
 from lrmult._regions import Mask
 from lrmult._rules import Rules, name_rule
-from lrmult._scaling import Value
+from lrmult._scaling import Scales, Value, explicit_sharding
 from lrmult._targets import Elements
 
 
@@ -52,11 +53,19 @@ class RunTime:
         # Arrays that were found to be right; jax's cannot be hashed, hence by their ids.
         self._right: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
-    def init(self) -> optax.EmptyState | RulesState:
-        """The state before the first step."""
+    def init(
+        self, arrays: Iterable[Any] = (), scales: Iterable[Scales] = ()
+    ) -> optax.EmptyState | RulesState:
+        """The state before the first step; masks lie as the arrays do that they are for."""
         if not self._stateful:
             return optax.EmptyState()
-        bits = tuple([jnp.asarray(mask.packed) for mask in self._masks])
+        homes = {
+            mask: array
+            for array, each in zip(arrays, scales, strict=True)
+            for part in each
+            for mask in part.region.masks
+        }
+        bits = tuple([_placed(mask.packed, homes.get(mask)) for mask in self._masks])
         return RulesState(jnp.zeros((), jnp.int32), bits)
 
     @property
@@ -132,6 +141,28 @@ class RunTime:
                 ) from None
             found[dynamic.number] = Value(value, value == 0)
         return found
+
+
+def _placed(bits: np.ndarray[Any, Any], array: Any) -> Any:
+    """Bits where their array is, each device with those of its part of it, if that is possible."""
+    sharding = getattr(array, "sharding", None)
+    if isinstance(array, jax.core.Tracer):
+        sharding = explicit_sharding(array)
+    elif not (isinstance(array, jax.Array) and array.is_fully_addressable):
+        sharding = None
+    if not isinstance(sharding, NamedSharding) or not bits.ndim == array.ndim > 0:
+        return jnp.asarray(bits)
+    spec = [*sharding.spec, *[None] * (bits.ndim - len(sharding.spec))]
+    if sharding.shard_shape(array.shape)[-1] % 8:  # a byte would hold bits of two devices
+        spec[-1] = None
+    wanted = sharding.update(spec=PartitionSpec(*spec))
+    try:
+        wanted.shard_shape(bits.shape)
+    except ValueError:
+        return jnp.asarray(bits)
+    if isinstance(array, jax.core.Tracer):
+        return jax.sharding.reshard(jnp.asarray(bits), wanted)
+    return jax.device_put(bits, wanted)
 
 
 def _masks_of(rules: Rules) -> list[Mask]:

@@ -86,10 +86,12 @@ def scale_by_rules(
 
     def init(params: PyTree) -> Any:
         # optax itself calls `init` with a placeholder that has no leaves: nothing to check there.
-        if jax.tree.leaves(params):
-            warned(cached_plan(read, params, structure, strict), params)
-            check_covered(read, params, structure, strict)
-        return running.init()
+        leaves = jax.tree.leaves(params)
+        if not leaves:
+            return running.init()
+        plan = warned(cached_plan(read, params, structure, strict), params)
+        check_covered(read, params, structure, strict)
+        return running.init(leaves, plan.scales)
 
     def update(
         updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any

@@ -115,12 +115,13 @@ def wrap(
 
     def init(params: PyTree) -> WrapState:
         # optax itself calls `init` with a placeholder that has no leaves.
-        if jax.tree.leaves(params):
-            seen = view(params, running.packed)
-            warned(seen.plan, params)
-            check_covered(read, params, structure, strict)
-            params = seen.narrow(params)
-        return WrapState(inner.init(params), running.init())
+        leaves = jax.tree.leaves(params)
+        if not leaves:
+            return WrapState(inner.init(params), running.init())
+        seen = view(params, running.packed)
+        warned(seen.plan, params)
+        check_covered(read, params, structure, strict)
+        return WrapState(inner.init(seen.narrow(params)), running.init(leaves, seen.plan.scales))
 
     def check(state: Any, seen: View, params: PyTree) -> None:
         """See that a state was made for what trains: once for each kind of state."""

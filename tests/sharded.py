@@ -76,8 +76,8 @@ CASES = {
 }
 MODES = {
     "auto": ("plain", "chain", "wrap", "compact"),
-    "explicit": ("plain", "chain", "wrap"),
-    "mapped": ("plain", "chain"),
+    "explicit": ("plain", "chain", "wrap", "compact"),
+    "mapped": ("plain", "chain", "wrap", "compact"),
 }
 
 
@@ -184,14 +184,11 @@ def on_mesh(array, spec):
 
 
 def start(layout, case):
-    """Parameters, state and batch on the devices; the bits of the mask as their array."""
+    """Parameters, state and batch on the devices."""
     host = new_params()
     specs = SPECS[layout]
     params = tree_of(lambda path: on_mesh(lm.extract(host, path), specs.get(path, P())))
     state = CASES[case][1].init(params)
-    if optax.tree.get(state, "rules_masks"):
-        [bits] = optax.tree.get(state, "rules_masks")
-        state = optax.tree.set(state, rules_masks=(on_mesh(bits, specs.get(MASKED, P())),))
     return params, state, on_mesh(new_batch(), P("data"))
 
 
@@ -263,6 +260,10 @@ def facts(layout, mode, case):
     lm.assert_frozen(params, after, CASES[case][0])
     places = {"params": moved(params, after), "state": moved(state, last)}
     places |= {name: moved(params, optax.tree.get(last, name)) for name in ("mu", "nu")}
+    array = lm.extract(params, MASKED)
+    for bits in optax.tree.get(last, "rules_masks") or ():
+        if not bits.sharding.is_equivalent_to(array.sharding, bits.ndim):
+            places["masks"] = {MASKED: f"from {array.sharding} to {bits.sharding}"}
     return {
         "collectives": collectives(lowered.compile()),
         "traces": len(traces),
