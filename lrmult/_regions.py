@@ -168,9 +168,10 @@ class Region:
 WHOLE = Region()
 
 
-def spread(vector: npt.NDArray[Any], axis: int, ndim: int) -> npt.NDArray[Any]:
+def spread(vector: Any, axis: int, ndim: int) -> npt.NDArray[Any]:
     """A vector along an axis, in a shape that broadcasts against the array."""
-    return vector.reshape([-1 if each == axis else 1 for each in range(ndim)])
+    shaped: npt.NDArray[Any] = vector.reshape([-1 if each == axis else 1 for each in range(ndim)])
+    return shaped
 
 
 def factor(dense: Bools) -> Region:

@@ -72,8 +72,8 @@ def scales_of(shape: Shape, pieces: Pieces, multipliers: Sequence[Multiplier]) -
         return tuple(scales)
     frozen = values == 0
     distinct = np.unique(values[~frozen])
-    if 1 < len(distinct) <= 64 and values.size > _LONG // 4:
-        return tuple(scales)  # by vectors of bools, which are smaller
+    if 1 < len(distinct) <= 4 and values.size > _LONG // 4:
+        return tuple(scales)  # by vectors of bools
     axis = int(np.argmax(values.shape))
     rest = Scale(WHOLE, float(distinct[0]) if len(distinct) == 1 else np.where(frozen, 1.0, values))
     if not frozen.any():
@@ -203,6 +203,8 @@ def _part(
         factor, is_zero = values[factor.number]
     if not isinstance(factor, float | None):
         factor = factor.astype(_computed_in(dtype))
+        if isinstance(factor, np.ndarray) and factor.size > _LONG // 4:
+            factor = _line_of(factor)
     vectors = {axis: _compact(vector) for axis, vector in scale.region.vectors.items()}
     masks = tuple([packed[mask] for mask in scale.region.masks])
     return _Part(vectors, masks, factor, is_zero)
@@ -214,6 +216,47 @@ def _compact(vector: Bools) -> np.ndarray[Any, Any]:
         return vector
     edges = np.flatnonzero(np.diff(vector, prepend=False, append=False))
     return edges.astype(np.int32) if len(edges) <= 16 else np.packbits(vector)
+
+
+class _Line(NamedTuple):
+    """A long vector of numbers, many of which are the same.
+
+    Attributes:
+        distinct: numbers, along the axis of the vector.
+        places: where each but the first begins (int32), if each stands in one run; or which of them
+            stands at each place, as the bits of its number: a vector of packed ones for each digit.
+    """
+
+    distinct: Any
+    places: Any
+
+
+def _line_of(values: np.ndarray[Any, Any]) -> Any:
+    axis, line = int(np.argmax(values.shape)), values.reshape(-1)
+    places: Any = np.flatnonzero(line[1:] != line[:-1]) + 1
+    if len(places) < line.size // 32:
+        distinct = line[np.append(0, places)]
+        places = places.astype(np.int32)
+    else:
+        distinct, numbers = np.unique(line, return_inverse=True)
+        digits = range(int(len(distinct) - 1).bit_length())
+        places = tuple([np.packbits(numbers >> digit & 1 == 1) for digit in digits])
+    return _Line(spread(distinct, axis, values.ndim), places)
+
+
+def _factor(factor: Any, shape: Shape) -> Any:
+    """What multiplies an array of some shape."""
+    if not isinstance(factor, _Line):
+        return factor
+    axis, places = int(np.argmax(factor.distinct.shape)), factor.places
+    if isinstance(places, tuple):
+        bits = [_unpacked(packed, shape[axis]).astype(np.int32) for packed in places]
+        number = sum(bit << digit for digit, bit in enumerate(bits))
+    else:
+        at = jax.lax.iota(np.int32, shape[axis])
+        number = jnp.searchsorted(places, at, side="right", method="scan_unrolled")
+    line: Any = jnp.take(factor.distinct.reshape(-1), number, mode="clip")
+    return spread(line, axis, len(shape))
 
 
 def _expanded(vector: Any, size: int) -> Any:
@@ -239,12 +282,12 @@ def _scale(update: Any, parts: Sequence[_Part], differentiable: bool) -> Any:
     for part in reversed(parts):
         frozen = part.factor is None
         selects = True if frozen else False if part.is_zero is None else part.is_zero
-        here = _here(part, update.shape)
+        here, own = _here(part, update.shape), _factor(part.factor, update.shape)
         if here is None:
-            factor, zero = (1.0 if frozen else part.factor), selects
+            factor, zero = (1.0 if frozen else own), selects
             continue
         if not frozen:
-            factor = jnp.where(here, part.factor, factor)
+            factor = jnp.where(here, own, factor)
         if zero is not False or selects is not False:
             zero = jnp.where(here, selects, zero)
     factor, zero = _sharded_as(update, factor), _sharded_as(update, zero)

@@ -152,6 +152,31 @@ def test_one_mask_is_kept_once():
     assert [bits.shape for bits in state.rules_masks] == [(6, 3)]
 
 
+RATES = [None if i % 7 == 0 else (i + 1) / 64 for i in range(70)]
+LONG = 1 << 17
+
+
+@pytest.mark.parametrize("shape", [(LONG,), (LONG, 3), (3, LONG)])
+@pytest.mark.parametrize("in_runs", [True, False])
+@pytest.mark.parametrize("kept", [9, 70])
+def test_many_rates_along_a_long_axis_are_no_large_constant(shape, in_runs, kept):
+    axis = int(np.argmax(shape))
+    picked = np.random.default_rng(0).integers(0, kept, LONG)
+    if in_runs:
+        picked = np.sort(picked)
+    rules = [(lm.along("a", axis, picked == i), rate) for i, rate in enumerate(RATES[:kept])]
+    lowered, _ = lower(rules, {"a": spec(*shape), "b": spec(), "c": spec()})
+    assert max(constants(lowered)) <= LONG // 8
+    assert sum(constants(lowered)) <= (LONG if in_runs else 2 * LONG)
+    wanted = np.array([-0.0 if rate is None else rate for rate in RATES], np.float32)[picked]
+    wanted = np.broadcast_to(wanted.reshape([-1 if n == LONG else 1 for n in shape]), shape)
+    for dtype in (np.float32, jnp.bfloat16):
+        grads = {"a": jnp.ones(shape, dtype)}
+        tx = lm.scale_by_rules(rules)
+        updates, _ = tx.update(grads, tx.init(grads))
+        assert np.asarray(updates["a"]).tobytes() == wanted.astype(dtype).tobytes()
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bool_, jnp.bfloat16, jnp.complex64])
 def test_a_large_constant_would_be_seen(dtype):
     large = np.random.default_rng(0).integers(0, 2, (3, 40_000)).astype(dtype)
