@@ -21,6 +21,7 @@ from lrmult._errors import PatternError, shorten, show
 
 _SPECIAL: Final = re.compile(r"[\\*{}\[\]]")
 _MOST_ALTERNATIVES: Final = 1000
+_MOST_STEPS: Final = 10_000
 _MOST_DIGITS: Final = 1000  # Python refuses to show ints of a few thousand
 
 
@@ -229,6 +230,11 @@ def _span(start: int | None, stop: int | None, step: int | None, text: str) -> S
 
 def _pattern(steps: list[Step]) -> Pattern:
     kept = [s for i, s in enumerate(steps) if not (s is ANY_DEPTH and steps[i - 1 : i] == [s])]
+    if len(kept) > _MOST_STEPS:  # the sets of states that they make grow with their square
+        raise PatternError(
+            f"it has {len(kept):,} segments and positions, of {_MOST_STEPS:,} at most; no tree is "
+            "that deep"
+        )
     return Pattern(tuple(kept))
 
 

@@ -147,7 +147,7 @@ def explain_failure(
     expected = expected_state(optimizer, view, params)
     if expected is None:
         return None
-    kept, wanted = _shapes(state), _shapes(entries(expected))
+    kept, wanted = _kinds(state), _kinds(entries(expected))
     others = [path for path in {**wanted, **kept} if wanted.get(path) != kept.get(path)]
     if not others:
         return None
@@ -159,6 +159,11 @@ def explain_failure(
 
 def _shapes(state: Mapping[Path, Any]) -> dict[Path, tuple[int, ...]]:
     return {path: np.shape(entry) for path, entry in state.items() if is_array(entry)}
+
+
+def _kinds(state: Mapping[Path, Any]) -> dict[Path, Any]:
+    """The shapes of arrays, and the classes of all else, such as what stands for frozen arrays."""
+    return {path: type(entry) for path, entry in state.items()} | _shapes(state)
 
 
 def _named(names: Sequence[str], arrays: Iterable[int]) -> str:

@@ -72,7 +72,8 @@ class View:
         Frozen elements of arrays that train in part are unspecified.
 
         Raises:
-            RuleError: if the narrow one is structured otherwise.
+            RuleError: if the narrow one is structured otherwise, or an array that trains in part is
+                of another shape.
         """
         found = self._leaves(tree)
         try:
@@ -87,8 +88,20 @@ class View:
                 found[i] = found[i][0]
             if trains:
                 leaf = next(inside)
-                found[i] = leaf if is_opaque(leaf) else put_back(leaf, self.boxes[i], found[i])
+                if not is_opaque(leaf):
+                    self._check_shape(i, leaf)
+                    leaf = put_back(leaf, self.boxes[i], found[i])
+                found[i] = leaf
         return found
+
+    def _check_shape(self, i: int, leaf: Any) -> None:
+        wanted = self.boxes[i].size(self.plan.shapes[i])
+        if len(self.plan.scales[i]) > 1 and np.shape(leaf) != wanted:
+            raise RuleError(
+                f"the optimizer has an update of shape {np.shape(leaf)} for what trains of "
+                f"{self.plan.tree.show(i)}, where {wanted} was expected; pass the gradients with "
+                "respect to these parameters"
+            )
 
     def widen(self, narrow: PyTree, tree: PyTree) -> PyTree:
         """A narrow tree, with what is frozen taken from a full one."""

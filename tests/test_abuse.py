@@ -160,6 +160,14 @@ def test_long_texts_take_a_time_in_proportion(name):
     assert_linear(lambda n: outcome(lambda: lm.compile_rules([(LONG[name](n), 1)], PARAMS)), 1000)
 
 
+@pytest.mark.parametrize("segment", ["a/", "**/a/", "[0]/", "a[0]/", "{a,b}/"])
+def test_a_text_is_not_deeper_than_any_tree(segment):
+    start = time.process_time()
+    with pytest.raises(lm.PatternError, match=r"segments and positions, of 10,000 at most"):
+        lm.Rules([(segment * 30_000 + "a", 1)])
+    assert time.process_time() - start < 5
+
+
 @pytest.mark.parametrize(
     "text", ["(a*)*b", "(a|a)*b", "(a*)\\\\1*b", "a*a*a*a*a*a*a*a*b", ".*.*.*.*.*.*.*b", "(?:a*)*b"]
 )
@@ -710,6 +718,7 @@ CHANGED: dict[str, Any] = {
     "another name": BEFORE | {"a": {"w": np.ones((4, 6)), "bb": np.ones(6)}},
     "another shape": BEFORE | {"a": {"w": np.ones((4, 6)), "b": np.ones(7)}},
     "another shape in part": BEFORE | {"a": {"w": np.ones((5, 6)), "b": np.ones(6)}},
+    "a hole for what is frozen": BEFORE | {"a": {"w": None, "b": np.ones(6)}},
     "a hole": BEFORE | {"a": {"w": np.ones((4, 6)), "b": None}},
     "no array": BEFORE | {"a": {"w": np.ones((4, 6)), "b": "b"}},
     "a list": [np.ones((4, 6)), np.ones(6)],
@@ -747,6 +756,17 @@ def test_what_changed_is_named():
         tx.update(CHANGED["less"], state, CHANGED["less"])
     with pytest.raises(lm.RuleError, match=r"updates are not structured .* at 'a/b' and 'a/bb'"):
         tx.update(CHANGED["another name"], state, BEFORE)
+
+
+@pytest.mark.parametrize("shape", [(), (6,), (4, 7), (1, 6), (2, 4, 6)])
+@pytest.mark.parametrize("compact", [False, True])
+def test_gradients_of_another_shape(shape, compact):
+    tx = lm.wrap(optax.sgd(0.1), [(lm.rows("a/w", 0), None)], compact=compact)
+    updates = BEFORE | {"a": BEFORE["a"] | {"w": np.ones(shape)}}
+    with pytest.raises(
+        lm.RuleError, match=r"what trains of 'a/w' float\d+\[4,6\], where .* was exp"
+    ):
+        tx.update(updates, tx.init(BEFORE), BEFORE)
 
 
 def test_an_error_of_the_optimizer_itself_goes_through():
