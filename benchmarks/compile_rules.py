@@ -10,7 +10,7 @@ from the run before:
 * a mask tree for each of 200 rules, made with a regular expression as big_vision does, over
   compiling the rules: at least 50.
 
-Run with ``python benchmarks/compile_rules.py``; exits with 1 if a bound is missed.
+Run with ``python -m benchmarks.compile_rules``; exits with 1 if a bound is missed.
 """
 
 import argparse
@@ -208,12 +208,12 @@ def ratios(run: Callable[[], Any], base: Callable[[], Any], pairs: int) -> list[
     return sorted(found[1:])
 
 
-def figures(name: str, pairs: int, few: int) -> dict[str, list[float]]:
+def figures(name: str, counts: list[int], pairs: int, few: int) -> dict[str, list[float]]:
     """All ratios for a tree, by what they say."""
     make, make_rules = TREES[name]
     tree, large = make(LEAVES), make(MANY)
     found = {}
-    for count in COUNTS:
+    for count in counts:
         rules, more = make_rules(count, LEAVES // 20), make_rules(count, MANY // 20)
 
         def run(rules: list[Any] = rules) -> Any:
@@ -230,7 +230,7 @@ def figures(name: str, pairs: int, few: int) -> dict[str, list[float]]:
         )
         growth = ratios(lambda more=more: compiled(more, large), run, few)
         found[f"{count} rules: {GROWTH}"] = [ratio * LEAVES / MANY for ratio in growth]
-    found[f"{COUNTS[-1]} rules, {LEAVES:,} leaves: {MASKS}"] = ratios(
+    found[f"{count} rules, {LEAVES:,} leaves: {MASKS}"] = ratios(
         lambda: mask_trees(rules, tree), run, 2
     )
     return found
@@ -241,13 +241,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--pairs", type=int, default=15, help="runs of each figure")
     parser.add_argument("--few", type=int, default=5, help=f"runs of those of {MANY:,} leaves")
+    parser.add_argument("--rules", nargs="+", type=int, default=[*COUNTS], help="how many")
     parser.add_argument("--trees", nargs="+", choices=TREES, default=list(TREES))
     parser.add_argument("--json", metavar="FILE", help="where to write the ratios")
     options = parser.parse_args()
     report: dict[str, dict[str, float]] = {}
     missed = False
     for tree in options.trees:
-        for figure, found in figures(tree, options.pairs, options.few).items():
+        for figure, found in figures(tree, options.rules, options.pairs, options.few).items():
             median = statistics.median(found)
             kind = figure.rpartition(": ")[2]
             most, least = AT_MOST.get(kind), AT_LEAST.get(kind)

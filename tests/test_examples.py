@@ -29,6 +29,7 @@ def output_of(example, tmp_path, *options):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_transfer_learning(tmp_path):
     text = output_of("transfer_learning.py", tmp_path)
     assert "0: 'layers[9]'" in text  # the plan's table
@@ -56,6 +57,7 @@ def test_freeze_neurons(tmp_path):
     assert moved["all of fc2 frozen"] > 10 * moved["weight decay alone"]  # all through frozen units
 
 
+@pytest.mark.slow
 def test_new_tokens(tmp_path):
     text = output_of("new_tokens.py", tmp_path)
     assert "0: rows('embed/embedding', slice(1000, None))" in text  # the plan's table
@@ -81,6 +83,7 @@ def test_gradual_unfreezing(tmp_path):
     assert rises["migrate"][-1] < 0 < rises["restart"][-1]
 
 
+@pytest.mark.slow
 def test_recurrent(tmp_path):
     text = output_of("recurrent.py", tmp_path)
     flat = " ".join(text.split())
@@ -215,6 +218,7 @@ def test_lora_plus(tmp_path):
     assert float(re.search(r"upright, ([\d.]+)% sideways", text)[1]) < 40  # before
 
 
+@pytest.mark.slow
 def test_precompute(tmp_path):
     text = output_of("precompute.py", tmp_path, "--epochs", "8")
     assert re.search(r"^trunk .+ 104,880 +frozen +0: 'trunk'$", text, re.MULTILINE)  # the plan
