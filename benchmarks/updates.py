@@ -1,6 +1,6 @@
 """What rules cost in an update, beside plain adamw and beside other ways to say the same.
 
-The ways, each after or around ``optax.adamw``:
+The ways, each with ``optax.adamw``:
 
 * ``plain``: adamw alone, the floor of all ratios;
 * ``rules``: ``optax.chain(adamw, lrmult.scale_by_rules(rules))``;

@@ -1,6 +1,6 @@
 """Pytrees, level by level: what a container holds, by the names that this has in paths.
 
-Nothing else in the package looks at the keys of JAX.
+Only here are the keys of JAX read.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ PyTree: TypeAlias = Any
 
 
 # What a container holds, in the order of JAX: per child its name, which may hold slashes, or None
-# where it stands in the place of its container, which is a box then; the children; whether each
-# name is one segment and another one; and whether they are those of the fields of a class.
+# where it stands in the place of its container, which is a box then; the children; whether all names
+# are distinct and none holds a slash; and whether they are those of the fields of a class.
 Level: TypeAlias = tuple[Sequence[Any], Sequence[Any], bool, bool]
 _NOTHING: Level = (), (), True, False
 
@@ -231,7 +231,7 @@ def _count_before(parents: Any, starts: Sequence[int], ends: Sequence[int]) -> A
     return before
 
 
-def segments_of(name: str | None) -> list[str]:
+def split_name(name: str | None) -> list[str]:
     """What a name adds to a path."""
     return [] if name is None else name.split("/")
 
@@ -243,7 +243,7 @@ def children_of(node: PyTree) -> dict[tuple[str, ...], Any]:
     if isinstance(node, box_types()) and names:
         [node] = held
         names, held, *_ = levels.read(node) or _NOTHING
-    return {tuple(segments_of(name)): child for name, child in zip(names, held, strict=True)}
+    return {tuple(split_name(name)): child for name, child in zip(names, held, strict=True)}
 
 
 def entries(tree: PyTree, whole: tuple[type, ...] = ()) -> dict[tuple[str, ...], Any]:
@@ -263,7 +263,7 @@ def entries(tree: PyTree, whole: tuple[type, ...] = ()) -> dict[tuple[str, ...],
         names, held, *_ = levels.read(value) or _NOTHING
         if names and not isinstance(value, whole):
             below = zip(names, held, strict=True)
-            pending += reversed([((*path, *segments_of(name)), child) for name, child in below])
+            pending += reversed([((*path, *split_name(name)), child) for name, child in below])
         elif isinstance(levels[type(value)], End) or isinstance(value, (tuple, list, dict, *whole)):
             found[path] = value
     return found

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from lrmult._errors import RuleError, shorten, spec
-from lrmult._levels import PyTree, Reading, entries, read, segments_of
+from lrmult._levels import PyTree, Reading, entries, read, split_name
 from lrmult._libraries import loaded_equinox
 from lrmult._patterns import escape
 
@@ -100,7 +100,7 @@ class ParamTree:
             while line[-1] not in nodes:
                 line.append(reading.parents[line[-1]])
             for above, value in itertools.pairwise(reversed(line)):
-                nodes[value] = self._descend(nodes[above], segments_of(reading.names[value]))
+                nodes[value] = self._descend(nodes[above], split_name(reading.names[value]))
         return nodes
 
     @property
