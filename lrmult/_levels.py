@@ -22,8 +22,8 @@ PyTree: TypeAlias = Any
 
 
 # What a container holds, in the order of JAX: per child its name, which may hold slashes, or None
-# where it stands in the place of its container, which is a box then; the children; whether all names
-# are distinct and none holds a slash; and whether they are those of the fields of a class.
+# where it stands in the place of its container, which is a box then; the children; whether all
+# names are distinct and none holds a slash; and whether they are those of the fields of a class.
 Level: TypeAlias = tuple[Sequence[Any], Sequence[Any], bool, bool]
 _NOTHING: Level = (), (), True, False
 
