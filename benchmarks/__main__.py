@@ -33,16 +33,16 @@ class Benchmark(NamedTuple):
 
 
 BENCHMARKS = [
-    Benchmark("updates", ("--quick",)),
+    Benchmark("updates", ("--quick", "--pairs", "24")),
     Benchmark(
         "compile_rules", ("--pairs", "5", "--few", "1", "--rules", "200", "--trees", "transformer")
     ),
     Benchmark("parts", None),
-    Benchmark("freezing", ("--only", "head", "--variants", "step", "--pairs", "3", "--depth", "5")),
-    Benchmark("precompute", ("--only", "linear layers", "--pairs", "3", "--examples", "1024")),
-    Benchmark("bandwidth", ("--elements", "4_000_000")),
+    Benchmark("freezing", ("--only", "head", "--variants", "step", "--pairs", "2", "--depth", "5")),
+    Benchmark("precompute", None),
+    Benchmark("bandwidth", ("--elements", "4_000_000", "--pairs", "9")),
     Benchmark("explain", None),
-    Benchmark("import_time", ("--runs", "3")),
+    Benchmark("import_time", ("--runs", "2")),
 ]
 PACKAGES = "jax", "jaxlib", "optax", "flax", "numpy", "lrmult"
 

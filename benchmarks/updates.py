@@ -210,7 +210,7 @@ def measure(name: str, options: Any) -> list[dict[str, Any]]:
     if not options.quick:
         figures["compile"] = compile_ratios(ways, 3)
     if case.leaves <= 300:
-        figures["eager"] = ratios(of(ways, "eager"), "plain", 4 * few)
+        figures["eager"] = ratios(of(ways, "eager"), "plain", options.pairs // 2)
     count = {way: instructions(each.lower().compile()) for way, each in ways.items()}
     return [
         {
