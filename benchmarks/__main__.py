@@ -80,7 +80,9 @@ def run(benchmark: Benchmark, quick: bool) -> dict[str, Any]:
             "holds": done.returncode == 0,
             "failed": not figures.exists(),
             "printed": done.stdout + (done.stderr if done.returncode else ""),
-            "figures": json.loads(figures.read_text()) if figures.exists() else None,
+            "figures": json.loads(figures.read_text().replace(str(figures), figures.name))
+            if figures.exists()
+            else None,
         }
 
 
