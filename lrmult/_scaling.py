@@ -22,11 +22,24 @@ from lrmult._regions import WHOLE, Bools, FirstMatch, Mask, Region, Shape, sprea
 _LONG = 2**15
 
 
+class _Line(NamedTuple):
+    """A long vector of numbers, many of which are the same.
+
+    Attributes:
+        distinct: numbers, along the axis of the vector.
+        places: where each but the first begins (int32), if each stands in one run; or which of them
+            stands at each place, as the bits of its number: a vector of packed ones for each digit.
+    """
+
+    distinct: Any
+    places: Any
+
+
 class Scale(NamedTuple):
     """What the elements of a region are multiplied by; None if they are frozen."""
 
     region: Region
-    factor: float | Dynamic | np.ndarray[Any, Any] | None
+    factor: float | Dynamic | np.ndarray[Any, Any] | _Line | None
 
 
 # The first that holds an element counts; together they hold all elements.
@@ -75,7 +88,11 @@ def scales_of(shape: Shape, pieces: Pieces, multipliers: Sequence[Multiplier]) -
     if 1 < len(distinct) <= 4 and values.size > _LONG // 4:
         return tuple(scales)  # by vectors of bools
     axis = int(np.argmax(values.shape))
-    rest = Scale(WHOLE, float(distinct[0]) if len(distinct) == 1 else np.where(frozen, 1.0, values))
+    factor: Any = float(distinct[0])
+    if len(distinct) > 1:
+        factor = np.where(frozen, 1.0, values)
+        factor = _line_of(factor) if factor.size > _LONG // 4 else factor
+    rest = Scale(WHOLE, factor)
     if not frozen.any():
         return (rest,)
     return (Scale(WHOLE.along(axis, frozen.reshape(-1)), None), rest)
@@ -202,9 +219,12 @@ def _part(
     if isinstance(factor, Dynamic):
         factor, is_zero = values[factor.number]
     if not isinstance(factor, float | None):
-        factor = factor.astype(_computed_in(dtype))
-        if isinstance(factor, np.ndarray) and factor.size > _LONG // 4:
-            factor = _line_of(factor)
+        real = _computed_in(dtype)
+        factor = (
+            factor._replace(distinct=factor.distinct.astype(real))
+            if isinstance(factor, _Line)
+            else factor.astype(real)
+        )
     vectors = {axis: _compact(vector) for axis, vector in scale.region.vectors.items()}
     masks = tuple([packed[mask] for mask in scale.region.masks])
     return _Part(vectors, masks, factor, is_zero)
@@ -216,19 +236,6 @@ def _compact(vector: Bools) -> np.ndarray[Any, Any]:
         return vector
     edges = np.flatnonzero(np.diff(vector, prepend=False, append=False))
     return edges.astype(np.int32) if len(edges) <= 16 else np.packbits(vector)
-
-
-class _Line(NamedTuple):
-    """A long vector of numbers, many of which are the same.
-
-    Attributes:
-        distinct: numbers, along the axis of the vector.
-        places: where each but the first begins (int32), if each stands in one run; or which of them
-            stands at each place, as the bits of its number: a vector of packed ones for each digit.
-    """
-
-    distinct: Any
-    places: Any
 
 
 def _line_of(values: np.ndarray[Any, Any]) -> Any:
