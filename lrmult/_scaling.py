@@ -88,7 +88,7 @@ def scales_of(shape: Shape, pieces: Pieces, multipliers: Sequence[Multiplier]) -
     if 1 < len(distinct) <= 4 and values.size > _LONG // 4:
         return tuple(scales)  # by vectors of bools
     axis = int(np.argmax(values.shape))
-    factor: Any = float(distinct[0])
+    factor: Any = float(distinct[0]) if len(distinct) else 1.0
     if len(distinct) > 1:
         factor = np.where(frozen, 1.0, values)
         factor = _line_of(factor) if factor.size > _LONG // 4 else factor
